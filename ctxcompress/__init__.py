@@ -1,0 +1,79 @@
+"""Compress retrieved context for LLMs: every document gets the tokens it is worth for the question.
+
+Names load what they need when they are first used: importing this package loads neither torch nor a framework.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ctxcompress.backbone import Backbone
+    from ctxcompress.calibration import Calibration
+    from ctxcompress.config import DACConfig, DASTConfig
+    from ctxcompress.decoder import LocalDecoder
+    from ctxcompress.errors import (
+        ConfigError,
+        CtxCompressError,
+        InputError,
+        MissingExtraError,
+        ModelError,
+    )
+    from ctxcompress.methods.dac import DAC
+    from ctxcompress.methods.dast import DAST
+    from ctxcompress.pipeline import ContextCompressor
+    from ctxcompress.types import Answer, CompressedDocument, CompressionResult, Document
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "Answer": "types",
+    "Backbone": "backbone",
+    "Calibration": "calibration",
+    "CompressedDocument": "types",
+    "CompressionResult": "types",
+    "ConfigError": "errors",
+    "ContextCompressor": "pipeline",
+    "CtxCompressError": "errors",
+    "DAC": "methods.dac",
+    "DACConfig": "config",
+    "DAST": "methods.dast",
+    "DASTConfig": "config",
+    "Document": "types",
+    "InputError": "errors",
+    "LocalDecoder": "decoder",
+    "MissingExtraError": "errors",
+    "ModelError": "errors",
+}
+
+__all__ = [
+    "DAC",
+    "DAST",
+    "Answer",
+    "Backbone",
+    "Calibration",
+    "CompressedDocument",
+    "CompressionResult",
+    "ConfigError",
+    "ContextCompressor",
+    "CtxCompressError",
+    "DACConfig",
+    "DASTConfig",
+    "Document",
+    "InputError",
+    "LocalDecoder",
+    "MissingExtraError",
+    "ModelError",
+    "__version__",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -1,0 +1,132 @@
+"""Attention that is read while it is computed, never kept: O(tokens) extra memory instead of tokens x tokens.
+
+`ATTENTION` is registered with transformers as an attention implementation. Without a recorder it is plain SDPA. With one
+(a keyword of the model's forward that transformers hands down to every layer) the recorder computes the same output
+block by block and keeps only sums:
+
+- `ColumnSums`: attention each token receives from all queries, mean over layers and heads [DAC, s_t].
+- `SegmentMass`: attention a few query tokens pay to each document, per layer and head [DAST, eq. 4].
+
+Shapes: B batch, H heads, G key-value heads, Q queries, T keys, D head size, N documents.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from transformers import AttentionInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+
+from ctxcompress.types import Span
+
+ATTENTION = "ctxcompress"
+QUERY_BLOCK = 64  # queries x keys x heads of one block is the only quadratic-looking buffer: 9 heads x 2,000 keys = 4.6 MB
+
+
+class Recorder(Protocol):
+    """Computes one layer's attention output (B, H, Q, D) and keeps what it needs of the weights."""
+
+    def attend(self, query_BHQD: Tensor, key_BHTD: Tensor, value_BHTD: Tensor, scaling: float) -> Tensor:
+        """Causal attention whose last query sees the last key."""
+        ...
+
+
+class ColumnSums:
+    """Sum over queries of softmax(QK^T), per key, averaged over layers and heads; exact, streamed in blocks of queries.
+
+    Args:
+        query_spans: per row of the batch, the half-open range of positions whose attention counts. Padding and
+            context that was counted in an earlier window stay outside it.
+    """
+
+    def __init__(self, query_spans: Sequence[Span]) -> None:
+        self._query_spans = query_spans
+        self._total_BT: Tensor | None = None
+        self._layers_heads = 0
+
+    @property
+    def mean_BT(self) -> Tensor:
+        """(B, T) float32: accumulated attention of every key position."""
+        if self._total_BT is None:
+            raise RuntimeError("no layer has been recorded: the model did not call the registered attention")
+        return self._total_BT / self._layers_heads
+
+    def attend(self, query_BHQD: Tensor, key_BHTD: Tensor, value_BHTD: Tensor, scaling: float) -> Tensor:
+        """See `Recorder`; queries and keys cover the same positions."""
+        batch, heads, length, _ = query_BHQD.shape
+        if self._total_BT is None:
+            self._total_BT = torch.zeros(batch, length, dtype=torch.float32, device=query_BHQD.device)
+        positions = torch.arange(length, device=query_BHQD.device)
+        counted_BQ = torch.stack([(positions >= start) & (positions < stop) for start, stop in self._query_spans])
+        output_BHQD = torch.empty_like(query_BHQD)
+        for start in range(0, length, QUERY_BLOCK):
+            stop = min(start + QUERY_BLOCK, length)
+            weights_BHQT = _causal_weights(query_BHQD[:, :, start:stop], key_BHTD[:, :, :stop], scaling)
+            output_BHQD[:, :, start:stop] = weights_BHQT.to(value_BHTD.dtype) @ value_BHTD[:, :, :stop]
+            counted_B1Q1 = counted_BQ[:, None, start:stop, None]
+            self._total_BT[:, :stop] += weights_BHQT.mul_(counted_B1Q1).sum(dim=(1, 2))
+        self._layers_heads += heads
+        return output_BHQD
+
+
+class SegmentMass:
+    """Attention that the last tokens of a sequence pay to each segment of keys, per layer and head.
+
+    Args:
+        segments: half-open ranges of key positions, one per document.
+    """
+
+    def __init__(self, segments: Sequence[Span]) -> None:
+        self._segments = segments
+        self._layers: list[Tensor] = []
+
+    @property
+    def mass_LHQN(self) -> Tensor:
+        """(layers, heads, queries, segments) float32; rows sum to at most 1: the rest went outside all segments."""
+        return torch.stack(self._layers)
+
+    def attend(self, query_BHQD: Tensor, key_BHTD: Tensor, value_BHTD: Tensor, scaling: float) -> Tensor:
+        """See `Recorder`; one row, few queries."""
+        weights_BHQT = _causal_weights(query_BHQD, key_BHTD, scaling)
+        running = torch.nn.functional.pad(weights_BHQT[0].cumsum(dim=-1), (1, 0))
+        starts, stops = torch.tensor(self._segments, device=running.device).T
+        self._layers.append((running[..., stops] - running[..., starts]).clamp_(min=0))
+        return weights_BHQT.to(value_BHTD.dtype) @ value_BHTD
+
+
+def _causal_weights(query_BHQD: Tensor, key_BHTD: Tensor, scaling: float) -> Tensor:
+    """softmax(QK^T * scaling) in float32; query q of Q sees the first T - Q + q + 1 of T keys."""
+    scores_BHQT = (query_BHQD @ key_BHTD.transpose(-1, -2)).float() * scaling
+    queries, keys = scores_BHQT.shape[-2:]
+    future = torch.ones(queries, queries, dtype=torch.bool, device=scores_BHQT.device).triu_(1)
+    scores_BHQT[..., keys - queries :].masked_fill_(future, -torch.inf)
+    return scores_BHQT.softmax(dim=-1)
+
+
+def _attention_forward(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    recorder: Recorder | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    if recorder is None:
+        output: tuple[Tensor, None] = sdpa_attention_forward(
+            module, query, key, value, attention_mask, scaling=scaling, **kwargs
+        )
+        return output
+    groups = query.shape[1] // key.shape[1]
+    key, value = (states.repeat_interleave(groups, dim=1) for states in (key, value))
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    return recorder.attend(query, key, value, scaling).transpose(1, 2).contiguous(), None
+
+
+AttentionInterface.register(ATTENTION, _attention_forward)
+AttentionMaskInterface.register(ATTENTION, sdpa_mask)

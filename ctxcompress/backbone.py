@@ -1,0 +1,360 @@
+"""The only door to transformers: one causal language model, and the forward passes everything else is computed from.
+
+- `encode`: text -> token ids with the character span of each.
+- `token_signals`: NLL and accumulated attention of every token [DAC], for many texts at once.
+- `read_queries`: the attention that questions pay to documents, and the documents' NLL [DAST].
+
+No pass ever holds tokens x tokens attention or tokens x vocabulary logits of a whole text.
+
+Shapes: T tokens, D hidden, B rows of a batch, L layers, H heads, Q questions, N documents.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ctxcompress.attention import ATTENTION, ColumnSums, SegmentMass
+from ctxcompress.embedded import resolve_model
+from ctxcompress.errors import InputError, ModelError
+from ctxcompress.types import Span
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+BATCH_TOKENS = 4096  # padded tokens of one forward pass over several texts
+VOCABULARY_BLOCK = 64  # tokens whose logits exist at the same time: 64 x 49,152 x 4 bytes = 12.6 MB
+
+
+@dataclass(frozen=True, slots=True)
+class Encoding:
+    """Token ids of a text and the half-open character range of each; the ranges cover the text without gaps.
+
+    Tokens that hold parts of the same character (bytes of an emoji) share that character's range.
+    """
+
+    ids: tuple[int, ...]
+    spans: tuple[Span, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class TokenSignals:
+    """What one forward pass says about every token of a text.
+
+    Attributes:
+        nll_T: (T,) float32 nats; -ln p(token | prefix); 0 at position 0, which nothing predicts.
+        attention_T: (T,) float32; sum over queries of the attention received, mean over layers and heads.
+    """
+
+    nll_T: Tensor
+    attention_T: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class QueryReading:
+    """What questions look at after reading all documents.
+
+    Attributes:
+        mass_QLHN: (questions, layers, heads, documents) float32 attention mass.
+        nll_N: (documents,) float32; mean NLL of each document's tokens given what precedes them, or None if not asked.
+    """
+
+    mass_QLHN: Tensor
+    nll_N: Tensor | None
+
+
+class Backbone:
+    """A causal language model of the Llama, Mistral, Qwen2 or Qwen3 family with its tokenizer.
+
+    Args:
+        model: in evaluation mode; its attention implementation is set to ours, which is SDPA unless a pass records.
+        tokenizer: a fast one, for character offsets.
+        name: what error messages and results call it.
+        window: most tokens of one forward pass; None takes the model's own limit.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        name: str = "model",
+        window: int | None = None,
+    ) -> None:
+        if model.config.model_type not in FAMILIES:
+            raise ModelError(
+                f"{name} must be a causal language model of one of the families {', '.join(FAMILIES)}, "
+                f"got {model.config.model_type!r}; choose another model"
+            )
+        if not tokenizer.is_fast:
+            raise ModelError(f"{name} must have a fast tokenizer (tokenizer.json), got a slow one; convert it first")
+        model.eval()
+        model.set_attn_implementation(ATTENTION)
+        self.model: Any = model
+        self.tokenizer: Any = tokenizer
+        self.name = name
+        # Beyond a sliding window the model itself forgets keys, so a pass never reaches beyond it.
+        limits = (model.config.max_position_embeddings, getattr(model.config, "sliding_window", None), window)
+        self.window = min(limit for limit in limits if limit)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name: str | os.PathLike[str] = "embedded",
+        *,
+        device: str | torch.device | None = None,
+        dtype: torch.dtype | None = None,
+        window: int | None = None,
+    ) -> Backbone:
+        """Load a model by name: "embedded", a local folder, or a Hugging Face hub id.
+
+        Args:
+            name: the model; remote code is never run.
+            device: None takes CUDA if there is one, else the CPU.
+            dtype: None takes bfloat16 where the processor computes in it, else float32.
+            window: most tokens of one forward pass; None takes the model's own limit.
+
+        Raises:
+            ModelError: no such model, an unreadable one, or one of another family.
+        """
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+
+        name = str(name)
+        source = resolve_model(name)
+        place = torch.device(device) if device else torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(source)
+            model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype or native_dtype(place))
+        except (OSError, ValueError) as error:
+            kind = "local folder" if Path(source).exists() else "hub id"
+            raise ModelError(
+                f'the model must be "embedded", a folder with a model, or a hub id within reach, got {name!r} ({kind}): '
+                f"{str(error).splitlines()[0]}; check the spelling and the folder's config.json"
+            ) from error
+        return cls(model.to(place), tokenizer, name=name, window=window)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        device: torch.device = self.model.device
+        return device
+
+    @property
+    def layers_heads(self) -> tuple[int, int]:
+        """Number of layers, and of query heads in each."""
+        config = self.model.config
+        return config.num_hidden_layers, config.num_attention_heads
+
+    def encode(self, text: str) -> Encoding:
+        """Tokens of `text` without added special tokens; control strings inside the text are plain text."""
+        encoded = self.tokenizer(
+            text, add_special_tokens=False, split_special_tokens=True, return_offsets_mapping=True, verbose=False
+        )
+        return Encoding(tuple(encoded["input_ids"]), _without_gaps(encoded["offset_mapping"], len(text)))
+
+    def count(self, text: str) -> int:
+        """Number of tokens of `text`."""
+        return len(self.encode(text).ids)
+
+    @torch.inference_mode()
+    def token_signals(self, texts: Sequence[Sequence[int]]) -> list[TokenSignals]:
+        """NLL and accumulated attention of every token of every text; a batch equals its texts one by one.
+
+        A text longer than the window is read in windows that overlap by half: every token is predicted, and attends,
+        exactly once, with between half a window and a whole one of context. The first key of a later window stands
+        for everything before it and collects attention for that, so what it receives there is not counted.
+        """
+        nll = [torch.zeros(len(ids)) for ids in texts]
+        attention = [torch.zeros(len(ids)) for ids in texts]
+        for batch in _batches([piece for text, ids in enumerate(texts) for piece in _windows(text, len(ids), self.window)]):
+            rows = [list(texts[piece.text][piece.start : piece.stop]) for piece in batch]
+            nll_BT, attention_BT = self._forward_signals(rows, [piece.fresh - piece.start for piece in batch])
+            for row, piece in enumerate(batch):
+                fresh, length = piece.fresh - piece.start, piece.stop - piece.start
+                nll[piece.text][piece.fresh : piece.stop] = nll_BT[row, fresh:length]
+                first_key = 1 if piece.start else 0
+                attention[piece.text][piece.start + first_key : piece.stop] += attention_BT[row, first_key:length]
+        return [TokenSignals(*signals) for signals in zip(nll, attention, strict=True)]
+
+    def _forward_signals(self, rows: list[list[int]], fresh: list[int]) -> tuple[Tensor, Tensor]:
+        ids_BT = torch.nn.utils.rnn.pad_sequence([torch.tensor(row) for row in rows], batch_first=True).to(self.device)
+        recorder = ColumnSums([(start, len(row)) for start, row in zip(fresh, rows, strict=True)])
+        # Padding is on the right and attention causal, so no real token ever sees it: no mask is needed.
+        hidden_BTD = self.model.model(ids_BT, use_cache=False, recorder=recorder).last_hidden_state
+        nll_BT = torch.zeros(ids_BT.shape)
+        for row, tokens in enumerate(rows):
+            nll_BT[row, 1 : len(tokens)] = self._nll(hidden_BTD[row, : len(tokens) - 1], ids_BT[row, 1 : len(tokens)])
+        return nll_BT, recorder.mean_BT.cpu()
+
+    def _nll(self, hidden_TD: Tensor, next_ids_T: Tensor) -> Tensor:
+        """-ln p(next token) for every hidden state, (T,) float32 on the CPU."""
+        head = self.model.get_output_embeddings()
+        blocks = zip(hidden_TD.split(VOCABULARY_BLOCK), next_ids_T.split(VOCABULARY_BLOCK), strict=True)
+        nll = [torch.nn.functional.cross_entropy(head(h).float(), ids, reduction="none") for h, ids in blocks]
+        return torch.cat(nll).cpu() if nll else torch.zeros(0)
+
+    @torch.inference_mode()
+    def read_queries(
+        self,
+        documents: Sequence[Sequence[int]],
+        questions: Sequence[Sequence[int]],
+        *,
+        prefix: Sequence[int],
+        last_token: bool = False,
+        layers: int | None = None,
+        with_nll: bool = False,
+    ) -> QueryReading:
+        """Read all documents once, then each question after them, and see where its tokens look.
+
+        Documents that do not fit the window together are read in as few windows as their order allows, a longer one in
+        pieces; a window's mass counts by its share of all tokens.
+
+        Args:
+            documents: token ids of each; separators belong to the document they follow.
+            questions: token ids of each question, tried independently after the same documents.
+            prefix: token ids before the first document; they take the attention that any first token draws.
+            last_token: mass of the last question token instead of the mean over all.
+            layers: read only this many layers, which costs only these; None reads all.
+            with_nll: also compute the documents' NLL; needs all layers.
+
+        Raises:
+            InputError: a question leaves no room for documents.
+        """
+        room = self.window - len(prefix) - max(map(len, questions))
+        if room < 1:
+            raise InputError(
+                f"the question must leave room for documents in a window of {self.window} tokens, got "
+                f"{max(map(len, questions))} tokens; shorten it, or load the model with a larger window"
+            )
+        depth, heads = self.layers_heads
+        depth = depth if layers is None or with_nll else layers
+        total = sum(map(len, documents))
+        mass_QLHN = torch.zeros(len(questions), depth, heads, len(documents))
+        nll_N = torch.zeros(len(documents))
+        for pieces in _packed(documents, room):
+            reading = self._read_window(documents, pieces, questions, prefix, last_token, depth, with_nll)
+            weight = sum(piece.stop - piece.start for piece in pieces) / total
+            places = torch.tensor([piece.text for piece in pieces])
+            mass_QLHN.index_add_(-1, places, reading.mass_QLHN * weight)
+            if reading.nll_N is not None:
+                nll_N.index_add_(0, places, reading.nll_N)
+        lengths_N = torch.tensor([max(len(ids), 1) for ids in documents])
+        return QueryReading(mass_QLHN, nll_N / lengths_N if with_nll else None)
+
+    def _read_window(
+        self,
+        documents: Sequence[Sequence[int]],
+        pieces: Sequence[_Piece],
+        questions: Sequence[Sequence[int]],
+        prefix: Sequence[int],
+        last_token: bool,
+        depth: int,
+        with_nll: bool,
+    ) -> QueryReading:
+        """One window's mass per piece, and the *sum* of each piece's NLL."""
+        from transformers import DynamicCache
+
+        ids, segments = list(prefix), []
+        for piece in pieces:
+            segments.append((len(ids), len(ids) + piece.stop - piece.start))
+            ids += documents[piece.text][piece.start : piece.stop]
+        ids_T = torch.tensor(ids, device=self.device)
+        trunk, cache = self._trunk(depth), DynamicCache()
+        hidden_TD = trunk(ids_T[None], past_key_values=cache, use_cache=True).last_hidden_state[0]
+        nll_N = None
+        if with_nll:
+            nll_T = torch.cat([torch.zeros(1), self._nll(hidden_TD[:-1], ids_T[1:])])
+            nll_N = torch.stack([nll_T[start:stop].sum() for start, stop in segments])
+        masses = []
+        for question in questions:
+            recorder = SegmentMass(segments)
+            question_ids = torch.tensor([list(question)], device=self.device)
+            trunk(question_ids, past_key_values=cache, use_cache=True, recorder=recorder)
+            cache.crop(-len(question))
+            mass_LHQN = recorder.mass_LHQN
+            masses.append(mass_LHQN[:, :, -1] if last_token else mass_LHQN.mean(dim=2))
+        return QueryReading(torch.stack(masses).cpu(), nll_N)
+
+    def _trunk(self, depth: int) -> Any:
+        """The model without its head and without the layers after `depth`; shares all weights."""
+        trunk = copy.copy(self.model.model)
+        trunk._modules = dict(trunk._modules)
+        trunk.layers = trunk.layers[:depth]
+        return trunk
+
+
+@dataclass(frozen=True, slots=True)
+class _Piece:
+    """Tokens `start:stop` of text number `text`; those before `fresh` are only context."""
+
+    text: int
+    start: int
+    fresh: int
+    stop: int
+
+
+def native_dtype(device: torch.device) -> torch.dtype:
+    """bfloat16 where the processor multiplies matrices in it, else float32 (float16 on older GPUs)."""
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+    capability = torch.backends.cpu.get_cpu_capability()
+    has_bf16 = capability.startswith("AVX512") and getattr(torch.cpu, "_is_avx512_bf16_supported", bool)()
+    return torch.bfloat16 if has_bf16 else torch.float32
+
+
+def _without_gaps(offsets: Sequence[Span], length: int) -> tuple[Span, ...]:
+    """Stretch token spans so that they cover the text: characters a tokenizer leaves out join the token after them."""
+    spans: list[Span] = []
+    end = 0
+    for start, stop in offsets:
+        spans.append((min(start, end), max(stop, start)))
+        end = max(end, stop)
+    if spans:
+        spans[-1] = (spans[-1][0], length)
+    return tuple(spans)
+
+
+def _windows(text: int, length: int, window: int) -> Iterator[_Piece]:
+    """One piece if the text fits, else pieces of a window that begin half a window before their first fresh token."""
+    if length:
+        yield _Piece(text, 0, 0, min(window, length))
+    half = max(window // 2, 1)
+    for fresh in range(window, length, half):
+        yield _Piece(text, fresh - half, fresh, min(fresh + half, length))
+
+
+def _batches(pieces: list[_Piece]) -> Iterator[list[_Piece]]:
+    """Pieces of similar length together, so that little of a batch is padding."""
+    batch: list[_Piece] = []
+    for piece in sorted(pieces, key=lambda piece: piece.stop - piece.start):
+        if batch and (piece.stop - piece.start) * (len(batch) + 1) > BATCH_TOKENS:
+            yield batch
+            batch = []
+        batch.append(piece)
+    if batch:
+        yield batch
+
+
+def _packed(documents: Sequence[Sequence[int]], room: int) -> Iterator[list[_Piece]]:
+    """Documents in their order into windows of at most `room` tokens; only a document longer than that is cut."""
+    window: list[_Piece] = []
+    used = 0
+    for text, ids in enumerate(documents):
+        for start in range(0, len(ids), room):
+            piece = _Piece(text, start, start, min(start + room, len(ids)))
+            size = piece.stop - piece.start
+            if window and used + size > room:
+                yield window
+                window, used = [], 0
+            window.append(piece)
+            used += size
+    if window:
+        yield window

@@ -1,0 +1,141 @@
+"""Shares and a total -> whole numbers of tokens per document.
+
+- `largest_remainder`: any sizes between a minimum and a capacity; meets the budget exactly.
+- `reallocate`: DAST's Algorithm 1; sizes from a fixed set, never above the budget.
+
+Shapes: N documents.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ctxcompress.errors import InputError
+
+
+def largest_remainder(
+    shares_N: Tensor, budget: int, *, minimum_N: Tensor | None = None, capacity_N: Tensor | None = None
+) -> Tensor:
+    """Share `budget` tokens among documents in proportion to `shares_N`, between a minimum and a capacity each.
+
+    What a document cannot use goes to the others in proportion to their shares. DAST eq. 5 gives the proportions; exact
+    totals are ours: rounding each document alone may miss the budget.
+
+    Args:
+        shares_N: (N,) float, >= 0, finite; proportions, need not sum to 1; all zero means equal.
+        budget: tokens to give, >= the sum of the minima.
+        minimum_N: (N,) int; fewest tokens of each document; None is 0.
+        capacity_N: (N,) int; most tokens of each document; None is unlimited.
+    Returns:
+        (N,) int64; sums to min(budget, sum of capacities); a higher share never gets fewer at equal minimum and
+        capacity; ties go to the earlier document.
+    Raises:
+        InputError: negative, NaN or infinite shares, a minimum above its capacity, or too small a budget.
+    Example:
+        >>> largest_remainder(torch.tensor([0.5, 0.3, 0.2]), 7).tolist()  # 3.5 2.1 1.4 -> floor 3 2 1, one left to .5
+        [4, 2, 1]
+    """
+    shares_N = shares_N.double()
+    if not (torch.isfinite(shares_N).all() and (shares_N >= 0).all()):
+        raise InputError(f"shares must be finite and >= 0, got {shares_N.tolist()}")
+    count = len(shares_N)
+    low_N = torch.zeros(count, dtype=torch.int64) if minimum_N is None else minimum_N.long()
+    high_N = torch.full((count,), max(budget, 0)) if capacity_N is None else capacity_N.long()
+    if (low_N > high_N).any():
+        raise InputError(f"a minimum is above its capacity: {low_N.tolist()} > {high_N.tolist()}")
+    if budget < low_N.sum():
+        raise InputError(
+            f"budget must be >= {int(low_N.sum())}, the least that {count} documents need, got {budget}; raise it or "
+            "pass fewer documents"
+        )
+    budget = min(budget, int(high_N.sum()))
+    return _rounded(_filled(shares_N, budget, low_N, high_N), budget, high_N)
+
+
+def _filled(shares_N: Tensor, budget: int, low_N: Tensor, high_N: Tensor) -> Tensor:
+    """Real amounts clamp(level * share, low, high) at the level where they sum to `budget` (water filling)."""
+    if budget == 0:
+        return low_N.double()
+    if shares_N.sum() == 0:
+        shares_N = torch.ones_like(shares_N)
+    # A share of nothing still receives what all others together cannot hold.
+    shares_N = shares_N / shares_N.max() + 1e-9
+    below, above = 0.0, float(high_N.max()) / float(shares_N.min()) + 1.0
+    for _ in range(200):
+        level = (below + above) / 2
+        if torch.clamp(level * shares_N, low_N, high_N).sum() < budget:
+            below = level
+        else:
+            above = level
+    return torch.clamp(above * shares_N, low_N, high_N)
+
+
+def _rounded(amounts_N: Tensor, budget: int, high_N: Tensor) -> Tensor:
+    """Floor, then one more for the largest remainders until the sum is `budget`."""
+    # Bisection leaves an amount a hair beside a whole number; without the nudge its floor would be one too low.
+    counts_N = torch.minimum((amounts_N + 1e-6).floor().long(), high_N)
+    remainder_N = torch.where(counts_N < high_N, amounts_N - counts_N, -torch.inf)
+    missing = budget - int(counts_N.sum())
+    if missing >= 0:
+        counts_N[remainder_N.sort(descending=True, stable=True).indices[:missing]] += 1
+    return counts_N
+
+
+def reallocate(shares_N: Tensor, budget: int, sizes: Sequence[int]) -> tuple[Tensor, int]:
+    """Give every document one of the legal sizes, as close to its share of `budget` as the total allows.
+
+    DAST Algorithm 1 in a reading that terminates: snap to the nearest size in tokens (ties to the smaller); while the
+    total is too large, step the lowest-scored document down; then sweep by score, one step up each where it fits,
+    until a sweep changes nothing.
+
+    Args:
+        shares_N: (N,) float, >= 0; sums to 1.
+        budget: most tokens in total, >= N * the smallest size.
+        sizes: legal sizes, e.g. chunk length / ratio for every ratio of the set.
+    Returns:
+        (N,) int64 sizes, and the tokens of the budget that no step fits; counts + unused = budget.
+    Raises:
+        InputError: no sizes, or a budget below the smallest total.
+    Example:
+        >>> reallocate(torch.tensor([0.15, 0.20, 0.50, 0.15]), 48, [2, 4, 8, 16, 32])[0].tolist()
+        [8, 16, 16, 8]
+    """
+    legal = sorted(set(sizes))
+    if not legal or legal[0] < 1:
+        raise InputError(f"sizes must be positive whole numbers, got {list(sizes)}")
+    scores = shares_N.double().tolist()
+    if budget < len(scores) * legal[0]:
+        raise InputError(
+            f"budget must be >= {len(scores) * legal[0]} ({len(scores)} documents of at least {legal[0]} tokens), got "
+            f"{budget}; raise it or allow a smaller size"
+        )
+    steps = [min(range(len(legal)), key=lambda step: abs(legal[step] - budget * score)) for score in scores]
+    spare = budget - sum(legal[step] for step in steps)
+    spare = _stepped_down(steps, scores, legal, spare)
+    by_score = sorted(range(len(scores)), key=lambda document: -scores[document])
+    while (left := _swept_up(steps, by_score, legal, spare)) != spare:
+        spare = left
+    return torch.tensor([legal[step] for step in steps], dtype=torch.int64), spare
+
+
+def _stepped_down(steps: list[int], scores: list[float], legal: list[int], spare: int) -> int:
+    """Make the lowest-scored documents smaller, in place, until nothing is overspent."""
+    while spare < 0:
+        shrinkable = [document for document, step in enumerate(steps) if step > 0]
+        lowest = min(shrinkable, key=lambda document: (scores[document], -document))
+        spare += legal[steps[lowest]] - legal[steps[lowest] - 1]
+        steps[lowest] -= 1
+    return spare
+
+
+def _swept_up(steps: list[int], by_score: list[int], legal: list[int], spare: int) -> int:
+    """One step up, in place, for every document whose step still fits, best first."""
+    for document in by_score:
+        step = steps[document]
+        if step + 1 < len(legal) and legal[step + 1] - legal[step] <= spare:
+            spare -= legal[step + 1] - legal[step]
+            steps[document] += 1
+    return spare

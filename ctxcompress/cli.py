@@ -1,0 +1,351 @@
+"""ctxcompress compress | ask | evaluate | calibrate: the library on the command line.
+
+Results go to standard output, everything else (progress, tables beside plain text, errors) to standard error.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from ctxcompress import __version__
+from ctxcompress.config import AllocatorName, DASTConfig, Mode, Prior, one_of, to_dict
+from ctxcompress.embedded import EMBEDDED
+from ctxcompress.errors import CtxCompressError
+from ctxcompress.files import decoded, read_text
+
+if TYPE_CHECKING:
+    from ctxcompress.pipeline import ContextCompressor
+    from ctxcompress.types import CompressedDocument, CompressionResult
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+errors = Console(stderr=True)
+output = Console()
+
+Budget = Annotated[int | None, typer.Option(help="Most tokens of all documents together. Give this or --ratio.")]
+Ratio = Annotated[float | None, typer.Option(help="Original tokens / compressed tokens, >= 1.")]
+ModeOption = Annotated[str, typer.Option(help="How a document shrinks: auto or text.")]
+Allocator = Annotated[str, typer.Option(help="Who gets how much: dast, uniform, random, bm25 or embedding.")]
+Model = Annotated[str, typer.Option(help='"embedded", a local folder, or a Hugging Face hub id.')]
+PriorOption = Annotated[str, typer.Option(help="Whether the retriever's scores count as evidence: retriever or none.")]
+CalibrationFile = Annotated[Path | None, typer.Option(help="Calibration of the model, made by `ctxcompress calibrate`.")]
+EmbedderName = Annotated[str, typer.Option(help='"embedded" (MiniLM), or a sentence-transformers folder or hub id.')]
+Seed = Annotated[int, typer.Option(help="Of the random allocator and of bootstrap intervals.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
+TaskFile = Annotated[Path, typer.Option("--task", help="Questions: .jsonl or .jsonl.xz.")]
+Limit = Annotated[int | None, typer.Option(help="Questions to read.")]
+Offset = Annotated[int, typer.Option(help="Questions to leave out at the start of the file.")]
+
+
+@app.command()
+def compress(
+    files: Annotated[list[str] | None, typer.Argument(help='Text files, or "-" for standard input.')] = None,
+    query: Annotated[str, typer.Option(help="The question the text is compressed for.")] = "",
+    budget: Budget = None,
+    ratio: Ratio = None,
+    mode: ModeOption = "auto",
+    allocator: Allocator = "dast",
+    model: Model = EMBEDDED,
+    calibration: CalibrationFile = None,
+    seed: Seed = 0,
+    as_json: AsJson = False,
+) -> None:
+    """Shorten files so that together they fit a budget, each by what it is worth for the query."""
+    from ctxcompress.types import Document
+
+    with _reported():
+        names = files or ["-"]
+        documents = [Document(_read(name), id=name, metadata={"source": name}) for name in names]
+        with _progress() as report:
+            compressor = _loaded(report, model, calibration, seed)
+            result = compressor.compress(
+                documents,
+                query,
+                budget=budget,
+                compression_ratio=ratio,
+                mode=one_of("mode", mode, Mode),
+                allocator=one_of("allocator", allocator, AllocatorName),
+                progress=report,
+            )
+        if as_json:
+            _print_json({**result.to_dict(), "text": result.text})
+        else:
+            sys.stdout.write(result.text + "\n")
+            errors.print(_table(result))
+
+
+@app.command()
+def ask(
+    folder: Annotated[Path, typer.Argument(help="Folder of .md and .txt files.")],
+    question: Annotated[str, typer.Argument(help="What to ask.")],
+    budget: Budget = None,
+    ratio: Ratio = None,
+    top_k: Annotated[int, typer.Option(help="Passages to retrieve.")] = 10,
+    mode: ModeOption = "auto",
+    allocator: Allocator = "dast",
+    prior: PriorOption = "retriever",
+    model: Model = EMBEDDED,
+    calibration: CalibrationFile = None,
+    embedder: EmbedderName = EMBEDDED,
+    index: Annotated[Path | None, typer.Option(help="Where the index is kept; default: FOLDER/.ctxcompress.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.")] = 64,
+    seed: Seed = 0,
+    as_json: AsJson = False,
+) -> None:
+    """Retrieve passages of a folder, compress them for the question, and answer it."""
+    from ctxcompress.retrieval import FolderIndex
+
+    with _reported():
+        with _progress() as report:
+            compressor = _loaded(report, model, calibration, seed, embedder, DASTConfig(prior=one_of("prior", prior, Prior)))
+            found = FolderIndex.open(folder, compressor.embedder, index_folder=index, progress=report)
+            started = time.perf_counter()
+            documents = found.retrieve(question, top_k)
+            retrieved = time.perf_counter() - started
+            result = compressor.compress(
+                documents,
+                question,
+                budget=budget,
+                compression_ratio=ratio,
+                mode=one_of("mode", mode, Mode),
+                allocator=one_of("allocator", allocator, AllocatorName),
+                progress=report,
+            )
+            report("answering", 0, 1)
+            answer = compressor.answer(result, max_new_tokens=max_new_tokens)
+            report("answering", 1, 1)
+        if as_json:
+            account = result.to_dict()
+            _print_json({"answer": answer.text, **account, "seconds": {"retrieve": retrieved, **answer.seconds}})
+        else:
+            output.print(answer.text, markup=False, highlight=False)
+            output.print(_table(result))
+
+
+@app.command()
+def evaluate(
+    task: TaskFile,
+    rows: Annotated[str, typer.Option(help="Comma-separated: none, full, or mode:allocator.")] = (
+        "none,full,text:uniform,text:random,text:bm25,text:embedding,text:dast"
+    ),
+    ratio: Ratio = None,
+    budget: Budget = None,
+    limit: Limit = None,
+    offset: Offset = 0,
+    seed: Seed = 0,
+    prior: PriorOption = "retriever",
+    model: Model = EMBEDDED,
+    calibration: CalibrationFile = None,
+    embedder: EmbedderName = EMBEDDED,
+    max_new_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.")] = 32,
+    output_folder: Annotated[
+        Path | None, typer.Option("--output", help="Folder of the run; default: ctxcompress-runs/TASK-HASH.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Measure answers with no documents, all of them, and compressed ones; an interrupted run is taken up again."""
+    import torch
+    import transformers
+
+    from ctxcompress.evaluate.runner import EvaluationConfig
+    from ctxcompress.evaluate.runner import evaluate as run
+    from ctxcompress.tasks import read_task
+
+    with _reported():
+        questions = read_task(task, limit=limit, offset=offset)
+        dast = DASTConfig(prior=one_of("prior", prior, Prior))
+        with _progress() as report:
+            compressor = _loaded(report, model, calibration, seed, embedder, dast)
+            calibrated = compressor.dast.calibration
+            config = EvaluationConfig(
+                task=task.name,
+                task_sha256=hashlib.sha256(task.read_bytes()).hexdigest(),
+                model=model,
+                rows=tuple(row.strip() for row in rows.split(",") if row.strip()),
+                ratio=ratio,
+                budget=budget,
+                limit=limit,
+                offset=offset,
+                seed=seed,
+                max_new_tokens=max_new_tokens,
+                settings={
+                    "dast": to_dict(dast),
+                    "heads": [list(head) for head in calibrated.heads],
+                    "weights": [calibrated.attention_alone, calibrated.attention, calibrated.prior],
+                    "embedder": embedder,
+                    "dtype": str(compressor.backbone.model.dtype),
+                    "versions": {
+                        "ctxcompress": __version__,
+                        "torch": torch.__version__,
+                        "transformers": transformers.__version__,
+                    },
+                },
+            )
+            results = run(compressor, questions, config, output_folder or Path("ctxcompress-runs") / config.name, report)
+        if as_json:
+            _print_json(results)
+        else:
+            output.print(_figures(results["rows"]))
+
+
+@app.command()
+def calibrate(
+    task: TaskFile,
+    output_file: Annotated[Path, typer.Option("--output", help="JSON file to write.")] = Path("calibration.json"),
+    limit: Limit = 300,
+    offset: Offset = 0,
+    model: Model = EMBEDDED,
+    embedder: EmbedderName = EMBEDDED,
+    as_json: AsJson = False,
+) -> None:
+    """Find a model's retrieval heads on questions with known gold documents, and fit how much they count."""
+    from ctxcompress.calibration import calibrate as fit
+    from ctxcompress.evaluate.signals import observe
+    from ctxcompress.tasks import read_task
+
+    with _reported():
+        questions = read_task(task, limit=limit, offset=offset)
+        with _progress() as report:
+            compressor = _loaded(report, model, None, 0, embedder)
+            observations = list(observe(compressor, questions, report))
+            provenance = {"model": model, "task": task.name, "offset": offset, "limit": limit, "embedder": embedder}
+            fitted = fit(observations, provenance)
+        fitted.save(output_file)
+        if as_json:
+            _print_json({"output": str(output_file), "heads": [list(head) for head in fitted.heads], **fitted.provenance})
+        else:
+            first = ", ".join(f"{name} {share:.1%}" for name, share in fitted.provenance["gold_first"].items())
+            output.print(f"{len(fitted.heads)} heads from {len(observations)} questions -> {output_file}")
+            output.print(f"gold document first on the same questions: {first}")
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        output.print(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def main(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")] = False,
+) -> None:
+    """Compress retrieved context: every document gets the tokens it is worth for the question."""
+
+
+def _loaded(
+    report: _Report,
+    model: str,
+    calibration: Path | None,
+    seed: int,
+    embedder: str = EMBEDDED,
+    dast: DASTConfig | None = None,
+) -> ContextCompressor:
+    """The compressor, with other libraries' bars and advice silenced: this program shows its own."""
+    report("loading the model", 0, 1)
+    import transformers
+
+    from ctxcompress.pipeline import ContextCompressor
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    compressor = ContextCompressor.from_pretrained(model, calibration=calibration, seed=seed, embedder=embedder, dast=dast)
+    report("loading the model", 1, 1)
+    return compressor
+
+
+class _Report:
+    """A progress bar per kind of work, made when the work is first heard of."""
+
+    def __init__(self, bars: Progress) -> None:
+        self._bars = bars
+        self._tasks: dict[str, TaskID] = {}
+
+    def __call__(self, work: str, done: int, total: int) -> None:
+        if work not in self._tasks:
+            self._tasks[work] = self._bars.add_task(work)
+        self._bars.update(self._tasks[work], completed=done, total=total)
+
+
+@contextmanager
+def _progress() -> Iterator[_Report]:
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=errors, transient=True, disable=not errors.is_terminal) as bars:
+        yield _Report(bars)
+
+
+@contextmanager
+def _reported() -> Iterator[None]:
+    """Errors of ours end the program with their message; all others are defects and keep their traceback."""
+    try:
+        yield
+    except CtxCompressError as error:
+        errors.print("[bold red]error:[/]", end=" ")
+        errors.print(str(error), markup=False, highlight=False, soft_wrap=True)
+        raise typer.Exit(1) from error
+
+
+def _read(name: str) -> str:
+    return decoded(sys.stdin.buffer.read(), "standard input") if name == "-" else read_text(Path(name))
+
+
+def _print_json(value: dict[str, Any]) -> None:
+    sys.stdout.write(json.dumps(value, ensure_ascii=False, indent=1) + "\n")
+
+
+def _table(result: CompressionResult) -> Table:
+    ratio = f"{result.compression_ratio:.2f}x" if result.compression_ratio else "nothing left"
+    seconds = ", ".join(f"{stage} {value:.2f} s" for stage, value in result.seconds.items())
+    table = Table(
+        title=f"{result.mode}:{result.allocator}  {result.tokens_before:,} -> {result.tokens_after:,} tokens ({ratio}, "
+        f"budget {result.budget:,})  {seconds}"
+    )
+    table.add_column("document")
+    for name in ("tokens before", "tokens after", "ratio", "score", "share", "rank"):
+        table.add_column(name, justify="right")
+    for document in result.documents:
+        table.add_row(document.id, *_cells(document))
+    return table
+
+
+def _cells(document: CompressedDocument) -> list[str]:
+    return [
+        f"{document.tokens_before:,}",
+        f"{document.tokens_after:,}",
+        "-" if document.ratio is None else f"{document.ratio:.1f}x",
+        "-" if document.score is None else f"{document.score:.3f}",
+        "-" if document.share is None else f"{document.share:.1%}",
+        "-" if document.rank is None else str(document.rank),
+    ]
+
+
+def _figures(rows: list[dict[str, Any]]) -> Table:
+    table = Table(title="95 % bootstrap intervals in brackets; times include scoring, pruning and answering")
+    names = ("row", "n", "accuracy", "f1", "normalised", "ratio", "tokens", "gold tokens", "gold first", "seconds")
+    for name in names:
+        table.add_column(name, justify="left" if name == "row" else "right")
+    for row in rows:
+        low, high = row["accuracy_ci"]
+        table.add_row(
+            row["row"],
+            str(row["n"]),
+            f"{row['accuracy']:.1%} [{low:.1%}, {high:.1%}]".replace("[", r"\["),
+            f"{row['f1']:.3f}",
+            "-" if row["normalised"] is None else f"{row['normalised']:.2f}",
+            "-" if row["ratio_achieved"] is None else f"{row['ratio_achieved']:.2f}x",
+            f"{row['tokens_mean']:.0f}",
+            f"{row['gold_tokens_mean']:.0f}",
+            "-" if row["gold_first"] is None else f"{row['gold_first']:.1%}",
+            f"{row['seconds_mean']:.2f}",
+        )
+    return table

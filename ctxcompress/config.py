@@ -1,0 +1,111 @@
+"""One frozen dataclass per method; every value is checked when it is made."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from dataclasses import dataclass
+from typing import Any, Literal, TypeVar, get_args
+
+from ctxcompress.errors import ConfigError
+
+Mode = Literal["auto", "text"]
+AllocatorName = Literal["dast", "uniform", "random", "bm25", "embedding"]
+DASTMode = Literal["repaired", "scaled", "paper"]
+Prior = Literal["retriever", "none"]
+Schedule = Literal["anchored", "reference"]
+Unit = Literal["word", "token"]
+Fusion = Literal["additive", "multiplicative"]
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DASTConfig:
+    """How much each document is worth for a query: DAST (arXiv 2502.11493), eqs. 3-5.
+
+    Args:
+        mode: "repaired" reads all question tokens at the model's retrieval heads against a content-free question and
+            adds the retriever's prior; "paper" is eq. 5 as printed (last token, all heads, temperature 1);
+            "scaled" is the same with temperature 1/N, without which every document gets the same budget.
+        alpha: weight of global attention against local NLL in eq. 5, in [0, 1]; for "scaled" and "paper".
+        ppl_sign: sign of the NLL term in eq. 5; -1 as printed gives predictable documents more, +1 surprising ones.
+        temperature: of the softmax over documents, > 0; None takes the mode's own.
+        prior: "retriever" adds the documents' scores as evidence when all have one; "none" ignores them.
+    """
+
+    mode: DASTMode = "repaired"
+    alpha: float = 0.5
+    ppl_sign: Literal[-1, 1] = -1
+    temperature: float | None = None
+    prior: Prior = "retriever"
+
+    def __post_init__(self) -> None:
+        one_of("dast mode", self.mode, DASTMode)
+        one_of("prior", self.prior, Prior)
+        one_of("ppl_sign", self.ppl_sign, Literal[-1, 1])
+        if not 0 <= self.alpha <= 1:
+            raise ConfigError(f"alpha must be in [0, 1] (weight of attention against NLL), got {self.alpha}")
+        if self.temperature is not None and not self.temperature > 0:
+            raise ConfigError(f"temperature must be > 0, got {self.temperature}; leave it None for the mode's own")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DACConfig:
+    """How a text loses tokens: DAC (arXiv 2507.11942), entropy and attention fused, pruned in stages.
+
+    Args:
+        alpha: weight of accumulated attention against information, in [0, 1].
+        fusion: "additive" on min-max normalised signals (the paper's), or "multiplicative" on raw ones.
+        schedule: "anchored" aims every stage at the original length and never exceeds the budget;
+            "reference" takes each stage from the previous one's length, as the authors' code does.
+        unit: "word" removes whole words and characters; "token" removes model tokens, as the paper does.
+        stages: number of stages D; None takes min(max(1, tokens // 100), 15).
+        no_consecutive: within one stage a unit stays when its left neighbour was just removed.
+        strict: a last pass without that rule removes what still exceeds the budget ("anchored" only).
+        correct_causal_bias: divide a token's accumulated attention by the number of queries that could see it.
+        keep_digits: keep units with digits for as long as the budget allows.
+        keep_patterns: regular expressions; what they match is protected like a protected span.
+    """
+
+    alpha: float = 0.8
+    fusion: Fusion = "additive"
+    schedule: Schedule = "anchored"
+    unit: Unit = "word"
+    stages: int | None = None
+    no_consecutive: bool = True
+    strict: bool = True
+    correct_causal_bias: bool = False
+    keep_digits: bool = False
+    keep_patterns: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        one_of("fusion", self.fusion, Fusion)
+        one_of("schedule", self.schedule, Schedule)
+        one_of("unit", self.unit, Unit)
+        if not 0 <= self.alpha <= 1:
+            raise ConfigError(f"alpha must be in [0, 1] (weight of attention against information), got {self.alpha}")
+        if self.stages is not None and self.stages < 1:
+            raise ConfigError(f"stages must be >= 1, got {self.stages}; leave it None for one per 100 tokens")
+        for pattern in self.keep_patterns:
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise ConfigError(f"keep_patterns must be regular expressions, got {pattern!r}: {error}") from error
+
+
+def one_of(name: str, value: T, choices: Any) -> T:
+    """Return `value` if the `Literal` type `choices` lists it.
+
+    Raises:
+        ConfigError: otherwise; names the choices.
+    """
+    allowed = get_args(choices)
+    if value not in allowed:
+        raise ConfigError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
+    return value
+
+
+def to_dict(config: DASTConfig | DACConfig) -> dict[str, Any]:
+    """JSON-ready form; the class is rebuilt by `type(config)(**to_dict(config))`."""
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in dataclasses.asdict(config).items()}

@@ -1,0 +1,24 @@
+"""The few ways to fail. Every message says what was expected, what came, and what to do."""
+
+
+class CtxCompressError(Exception):
+    """Base of every error this package raises on purpose."""
+
+
+class ConfigError(CtxCompressError, ValueError):
+    """A setting is out of its range, or two settings contradict each other."""
+
+
+class InputError(CtxCompressError, ValueError):
+    """Documents, a query, a budget or a file cannot be used as given."""
+
+
+class ModelError(CtxCompressError):
+    """A model, tokenizer or calibration cannot be found or loaded."""
+
+
+class MissingExtraError(CtxCompressError, ImportError):
+    """An optional dependency is not installed; the message names the extra that brings it."""
+
+    def __init__(self, package: str, extra: str) -> None:
+        super().__init__(f'this needs the package "{package}"; install it with: pip install "ctxcompress[{extra}]"')

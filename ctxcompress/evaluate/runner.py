@@ -1,0 +1,244 @@
+"""Questions x rows -> answers -> figures. A run is a folder that explains itself and can be taken up again.
+
+`config.json` says what made the run, `records.jsonl` has one line per question and row, `results.json` the figures.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import statistics
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from ctxcompress.backbone import Backbone
+from ctxcompress.config import AllocatorName, one_of
+from ctxcompress.decoder import LocalDecoder
+from ctxcompress.errors import ConfigError, InputError
+from ctxcompress.evaluate.metrics import bootstrap_interval, contains_answer, exact_match, f1
+from ctxcompress.files import write_atomically
+from ctxcompress.methods.dac import Progress
+from ctxcompress.pipeline import ContextCompressor
+from ctxcompress.prompt import question_prompt
+from ctxcompress.tasks import Question
+from ctxcompress.types import Document
+
+PLAIN_ROWS = ("none", "full")
+_RowMode = Literal["text"]
+Record = dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EvaluationConfig:
+    """What a run measures; its hash names the run.
+
+    Args:
+        task: name of the task file.
+        task_sha256: of its content.
+        model: name of the model.
+        rows: "none" (no documents), "full" (all of them), or mode:allocator, e.g. "text:dast".
+        ratio: compression ratio of the compressed rows; this or `budget`.
+        budget: their budget in tokens.
+        limit: questions.
+        offset: questions left out at the start of the file.
+        seed: of the `random` allocator and the bootstrap.
+        max_new_tokens: longest answer.
+        settings: everything else that changes results: method configurations, calibration, versions.
+    """
+
+    task: str
+    task_sha256: str
+    model: str
+    rows: tuple[str, ...]
+    ratio: float | None
+    budget: int | None
+    limit: int | None
+    offset: int
+    seed: int
+    max_new_tokens: int
+    settings: dict[str, Any]
+
+    def __post_init__(self) -> None:
+        if not self.rows:
+            raise ConfigError("rows must name at least one row, got none; for example: none,full,text:uniform,text:dast")
+        for row in self.rows:
+            if row not in PLAIN_ROWS:
+                mode, _, allocator = row.partition(":")
+                one_of("the mode of a row (none, full or mode:allocator)", mode, _RowMode)
+                one_of("the allocator of a row (mode:allocator)", allocator, AllocatorName)
+        if any(row not in PLAIN_ROWS for row in self.rows) and (self.ratio is None) == (self.budget is None):
+            raise ConfigError("compressed rows need either a ratio or a budget, and not both")
+
+    @property
+    def name(self) -> str:
+        """Folder name of the run: the task and a hash of everything that makes its numbers."""
+        content = json.dumps(dataclasses.asdict(self), sort_keys=True)
+        return f"{self.task.split('.')[0]}-{hashlib.sha256(content.encode()).hexdigest()[:12]}"
+
+
+def evaluate(
+    compressor: ContextCompressor,
+    questions: Sequence[Question],
+    config: EvaluationConfig,
+    folder: Path,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Answer every question under every row and write the figures; what an earlier run finished is not done again.
+
+    Args:
+        compressor: compresses and answers.
+        questions: with unique ids.
+        config: describes the run.
+        folder: of the run; made if missing.
+        progress: told after every answer.
+    Returns:
+        `config` and `rows`, as in `results.json`.
+    Raises:
+        InputError: the folder holds a run of another configuration, or two questions have one id.
+    """
+    if len({question.id for question in questions}) < len(questions):
+        raise InputError("question ids must be unique within a task, got one twice; give each its own")
+    done = _resumed(folder, config)
+    total = len(questions) * len(config.rows)
+    with (folder / "records.jsonl").open("a", encoding="utf-8") as records:
+        for question in questions:
+            missing = [row for row in config.rows if (question.id, row) not in done]
+            documents = _with_scores(compressor, question) if missing else ()
+            for row in missing:
+                record = _record(compressor, question, documents, row, config)
+                records.write(json.dumps(record, ensure_ascii=False) + "\n")
+                records.flush()
+                done[question.id, row] = record
+                if progress is not None:
+                    progress("answering", len(done), total)
+    wanted = {question.id for question in questions}
+    by_row = {row: [record for (name, of), record in done.items() if of == row and name in wanted] for row in config.rows}
+    results = {"config": dataclasses.asdict(config), "rows": _figures(by_row, config)}
+    write_atomically(folder / "results.json", json.dumps(results, indent=1, ensure_ascii=False).encode())
+    return results
+
+
+def _resumed(folder: Path, config: EvaluationConfig) -> dict[tuple[str, str], Record]:
+    """Records of an earlier, interrupted run; a line that was cut off is dropped from the file."""
+    described = json.dumps(dataclasses.asdict(config), indent=1, sort_keys=True)
+    config_file, records_file = folder / "config.json", folder / "records.jsonl"
+    if config_file.exists() and config_file.read_text(encoding="utf-8") != described:
+        raise InputError(f"{folder} holds a run of another configuration; choose another --output or remove it")
+    if not config_file.exists():
+        write_atomically(config_file, described.encode())
+    lines = records_file.read_bytes().split(b"\n")[:-1] if records_file.exists() else []
+    if lines:
+        write_atomically(records_file, b"\n".join(lines) + b"\n")
+    records = [json.loads(line) for line in lines]
+    return {(record["id"], record["row"]): record for record in records}
+
+
+def _with_scores(compressor: ContextCompressor, question: Question) -> tuple[Document, ...]:
+    """The documents with the embedder's similarity as the score a retriever would have returned."""
+    similarities = compressor.embedder.similarities(question.question, [document.text for document in question.documents])
+    return tuple(
+        dataclasses.replace(document, score=score)
+        for document, score in zip(question.documents, similarities, strict=True)
+    )
+
+
+def _record(
+    compressor: ContextCompressor, question: Question, documents: Sequence[Document], row: str, config: EvaluationConfig
+) -> Record:
+    started = time.perf_counter()
+    if row in PLAIN_ROWS:
+        texts = [document.text for document in documents] if row == "full" else []
+        account = _plain_account(compressor.backbone, documents, question.gold, row)
+    else:
+        result = compressor.compress(
+            documents,
+            question.question,
+            budget=config.budget,
+            compression_ratio=config.ratio,
+            mode="text",
+            allocator=one_of("allocator", row.partition(":")[2], AllocatorName),
+        )
+        texts = [document.text for document in result.documents]
+        pairs = list(zip(result.documents, question.gold, strict=True))
+        account = {
+            "tokens_before": result.tokens_before,
+            "tokens_after": result.tokens_after,
+            "gold_tokens": sum(document.tokens_after for document, gold in pairs if gold),
+            "gold_first": any(gold and document.rank == 1 for document, gold in pairs),
+        }
+    backbone = compressor.backbone
+    room = backbone.window - config.max_new_tokens - len(question_prompt(backbone, question.question, ["."]))
+    texts, cut = _within(backbone, texts, room)
+    completion = LocalDecoder(backbone).generate(
+        question_prompt(backbone, question.question, texts), max_new_tokens=config.max_new_tokens
+    )
+    return {
+        "id": question.id,
+        "row": row,
+        "answer": completion.text,
+        "accuracy": contains_answer(completion.text, question.answers),
+        "em": exact_match(completion.text, question.answers),
+        "f1": f1(completion.text, question.answers),
+        **account,
+        "cut": cut,
+        "seconds": time.perf_counter() - started,
+    }
+
+
+def _plain_account(backbone: Backbone, documents: Sequence[Document], gold: Sequence[bool], row: str) -> Record:
+    tokens = [backbone.count(document.text) for document in documents]
+    kept = tokens if row == "full" else [0] * len(tokens)
+    return {
+        "tokens_before": sum(tokens),
+        "tokens_after": sum(kept),
+        "gold_tokens": sum(count for count, is_gold in zip(kept, gold, strict=True) if is_gold),
+        "gold_first": None,
+    }
+
+
+def _within(backbone: Backbone, texts: list[str], room: int) -> tuple[list[str], bool]:
+    """The texts, or their beginning and end when together they exceed the model's window (LongBench's protocol)."""
+    encoding = backbone.encode("\n\n".join(texts))
+    if len(encoding.ids) <= room:
+        return texts, False
+    whole = "\n\n".join(texts)
+    half = max(room // 2 - 2, 1)
+    return [whole[: encoding.spans[half][0]], whole[encoding.spans[-half][0] :]], True
+
+
+def _figures(by_row: dict[str, list[Record]], config: EvaluationConfig) -> list[dict[str, Any]]:
+    accuracy = {row: _mean(records, "accuracy") for row, records in by_row.items()}
+    none, full = accuracy.get("none"), accuracy.get("full")
+    figures = []
+    for row, records in by_row.items():
+        measured = accuracy[row]
+        spread = None if none is None or full is None else full - none
+        before, after = (sum(record[name] for record in records) for name in ("tokens_before", "tokens_after"))
+        first = [record["gold_first"] for record in records if record["gold_first"] is not None]
+        compressed = row not in PLAIN_ROWS
+        figures.append(
+            {
+                "row": row,
+                "n": len(records),
+                "accuracy": measured,
+                "accuracy_ci": list(bootstrap_interval([record["accuracy"] for record in records], config.seed)),
+                "em": _mean(records, "em"),
+                "f1": _mean(records, "f1"),
+                "normalised": (measured - (none or 0.0)) / spread if spread else None,
+                "ratio_requested": config.ratio if compressed else None,
+                "ratio_achieved": before / after if after else None,
+                "tokens_mean": _mean(records, "tokens_after"),
+                "seconds_mean": _mean(records, "seconds"),
+                "gold_tokens_mean": _mean(records, "gold_tokens"),
+                "gold_first": statistics.fmean(first) if first else None,
+                "cut": sum(record["cut"] for record in records),
+            }
+        )
+    return figures
+
+
+def _mean(records: Sequence[Record], name: str) -> float:
+    return statistics.fmean(record[name] for record in records)

@@ -1,0 +1,1 @@
+"""One paper, one file: how the stages are wired together."""

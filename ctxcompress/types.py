@@ -1,0 +1,212 @@
+"""What travels between the stages: frozen values that keep ids, metadata, order, scores and character spans."""
+
+from __future__ import annotations
+
+import dataclasses
+import html
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from ctxcompress.errors import InputError
+
+Span = tuple[int, int]
+"""Half-open range of character positions in a document's original text."""
+
+
+@dataclass(frozen=True, slots=True)
+class Document:
+    """One retrieved unit of text.
+
+    Args:
+        text: the words; may be empty.
+        id: unique among the documents of one call; "" stands for the position ("0", "1", ...).
+        score: the retriever's similarity, higher is closer; None when there is none.
+        metadata: anything of the caller's; carried along untouched. `metadata["source"]` is shown in tables.
+    """
+
+    text: str
+    id: str = ""
+    score: float | None = None
+    metadata: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class CompressedDocument:
+    """A document after compression; `text` is exactly the join of `kept_spans` of `original`.
+
+    `score` is the retriever's and is passed through. `share` is the allocator's view of this document's worth
+    (the shares of a call sum to 1) and `rank` its place by share, 1 = worth most; both are None when everything fitted
+    the budget and nothing had to be weighed. Token counts are those of the model's tokenizer on the text itself.
+    """
+
+    id: str
+    text: str
+    original: str
+    metadata: Mapping[str, Any]
+    score: float | None
+    share: float | None
+    rank: int | None
+    budget: int
+    tokens_before: int
+    tokens_after: int
+    kept_spans: tuple[Span, ...]
+
+    @property
+    def ratio(self) -> float | None:
+        """Original tokens / compressed tokens, >= 1; None when nothing is left."""
+        return self.tokens_before / self.tokens_after if self.tokens_after else None
+
+    @property
+    def source(self) -> str | None:
+        """Where the document came from, if its metadata says so."""
+        source = self.metadata.get("source")
+        return None if source is None else str(source)
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready account of the document; metadata stays out, it may hold anything."""
+        names = ("id", "source", "score", "share", "rank", "budget", "tokens_before", "tokens_after", "ratio")
+        account: dict[str, Any] = {name: getattr(self, name) for name in names}
+        return {**account, "text": self.text, "kept_spans": [list(span) for span in self.kept_spans]}
+
+
+@dataclass(frozen=True, slots=True)
+class CompressionResult:
+    """The documents of one call in the order they came, and what each cost.
+
+    Attributes:
+        documents: one per input document.
+        query: the question, or "".
+        mode: how documents shrank ("text").
+        allocator: who decided how much each got.
+        budget: most tokens the documents may have together.
+        prior: "retriever" if the retriever's scores took part in the allocation, else "none".
+        seconds: wall seconds per stage.
+    """
+
+    documents: tuple[CompressedDocument, ...]
+    query: str
+    mode: str
+    allocator: str
+    budget: int
+    prior: str = "none"
+    seconds: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def tokens_before(self) -> int:
+        """Tokens of all original documents."""
+        return sum(document.tokens_before for document in self.documents)
+
+    @property
+    def tokens_after(self) -> int:
+        """Tokens of all compressed documents, at most `budget`."""
+        return sum(document.tokens_after for document in self.documents)
+
+    @property
+    def compression_ratio(self) -> float | None:
+        """Original tokens / compressed tokens; None when nothing is left."""
+        return self.tokens_before / self.tokens_after if self.tokens_after else None
+
+    @property
+    def text(self) -> str:
+        """The compressed context as one string; documents that were left empty take no room in it."""
+        return "\n\n".join(document.text for document in self.documents if document.text)
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready account of the whole call."""
+        return {
+            "query": self.query,
+            "mode": self.mode,
+            "allocator": self.allocator,
+            "prior": self.prior,
+            "budget": self.budget,
+            "tokens_before": self.tokens_before,
+            "tokens_after": self.tokens_after,
+            "compression_ratio": self.compression_ratio,
+            "documents": [document.to_dict() for document in self.documents],
+            "seconds": dict(self.seconds),
+        }
+
+    def _repr_html_(self) -> str:
+        return _html_table(self)
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What the decoder said, and the compression that led to it."""
+
+    text: str
+    result: CompressionResult
+    prompt_tokens: int
+    completion_tokens: int
+    seconds: Mapping[str, float] = field(default_factory=dict)
+
+
+def as_documents(documents: Iterable[Document | str | Mapping[str, Any]]) -> tuple[Document, ...]:
+    """Read what callers pass: `Document`, plain strings, or mappings with the fields of `Document`.
+
+    Raises:
+        InputError: another type, a text that is not a string, or an id that occurs twice.
+    """
+    if isinstance(documents, (str, bytes, Document, Mapping)):
+        raise InputError(
+            f"documents must be a sequence of documents, got one {type(documents).__name__}; put it in a list"
+        )
+    read = tuple(_as_document(document, place) for place, document in enumerate(documents))
+    _refuse_duplicate_ids(read)
+    return read
+
+
+def _as_document(document: Document | str | Mapping[str, Any], place: int) -> Document:
+    if isinstance(document, str):
+        document = Document(document)
+    elif isinstance(document, Mapping):
+        known = {entry.name for entry in dataclasses.fields(Document)}
+        unknown = sorted(set(document) - known)
+        if unknown or "text" not in document:
+            raise InputError(
+                f"document {place} must have the key 'text' and may have {sorted(known - {'text'})}, got keys "
+                f"{sorted(document)}; put other values under 'metadata'"
+            )
+        document = Document(**document)
+    if not isinstance(document, Document) or not isinstance(document.text, str):
+        got = type(document.text).__name__ + " text" if isinstance(document, Document) else type(document).__name__
+        raise InputError(f"document {place} must be a Document, a string or a mapping with string text, got {got}")
+    if document.score is not None and document.score != document.score:
+        raise InputError(f"document {place} has the score NaN; pass a number, or None when there is no score")
+    return document if document.id else dataclasses.replace(document, id=str(place))
+
+
+def _refuse_duplicate_ids(documents: Sequence[Document]) -> None:
+    places: dict[str, int] = {}
+    for place, document in enumerate(documents):
+        if document.id in places:
+            raise InputError(
+                f"document ids must be unique, got {document.id!r} at positions {places[document.id]} and {place}; "
+                "rename one, or leave ids empty to number documents by position"
+            )
+        places[document.id] = place
+
+
+def _html_table(result: CompressionResult) -> str:
+    longest = max((document.tokens_before for document in result.documents), default=1) or 1
+    rows = "".join(_html_row(document, longest) for document in result.documents)
+    ratio = f"{result.compression_ratio:.1f}x" if result.compression_ratio else "nothing left"
+    caption = (
+        f"{result.tokens_before:,} tokens &rarr; {result.tokens_after:,} ({ratio}), budget {result.budget:,}, "
+        f"{html.escape(result.mode)}:{html.escape(result.allocator)}"
+    )
+    head = "".join(f"<th>{name}</th>" for name in ("document", "kept of original", "tokens", "share", "rank"))
+    return f"<table><caption>{caption}</caption><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>"
+
+
+def _html_row(document: CompressedDocument, longest: int) -> str:
+    def bar(tokens: int, colour: str) -> str:
+        return f'<div style="height:5px;width:{160 * tokens / longest:.0f}px;background:{colour}"></div>'
+
+    share = "" if document.share is None else f"{document.share:.1%}"
+    rank = "" if document.rank is None else str(document.rank)
+    bars = bar(document.tokens_before, "#bbb") + bar(document.tokens_after, "#27a")
+    tokens = f"{document.tokens_before:,} &rarr; {document.tokens_after:,}"
+    cells = (html.escape(document.id), bars, tokens, share, rank)
+    return "<tr>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>"

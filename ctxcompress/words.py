@@ -1,0 +1,124 @@
+"""Where a text may be cut: tokens -> units that are whole words or whole characters, and kept units -> text again.
+
+Unit borders follow Unicode's default word borders (UAX 29), so combining marks, emoji sequences and right-to-left words
+stay whole, and scripts without spaces are cut between characters. White space belongs to the word after it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import regex
+import torch
+from torch import Tensor
+
+from ctxcompress.types import Span
+
+MAX_UNIT_TOKENS = 16  # a longer "word" (a hash, base64) is cut between its tokens: keeping or losing it whole helps nobody
+_BORDERS = regex.compile(r"\b", flags=regex.WORD | regex.VERSION1)
+
+
+def word_units(text: str, spans: Sequence[Span]) -> Tensor:
+    """Number of the unit each token belongs to.
+
+    Args:
+        text: the source.
+        spans: character range of each token, in order, covering the text.
+    Returns:
+        (T,) int64; starts at 0 and rises by 0 or 1.
+    Example:
+        >>> word_units("an apple", [(0, 2), (2, 5), (5, 8)]).tolist()  # an| app|le
+        [0, 1, 1]
+    """
+    borders = {border.start() for border in _BORDERS.finditer(text)}
+    starts: list[bool] = []
+    end = 0
+    for start, stop in spans:
+        after_space = start > 0 and text[start - 1].isspace()
+        starts.append(start >= end and start in borders and not after_space)
+        end = max(end, stop)
+    units_T = _numbered(starts)
+    crowded_T = torch.bincount(units_T, minlength=1)[units_T] > MAX_UNIT_TOKENS if len(starts) else units_T
+    if crowded_T.any():
+        whole = character_units(spans)
+        first_of_character = [True] + (whole[1:] != whole[:-1]).tolist()
+        pairs = zip(starts, crowded_T.tolist(), first_of_character, strict=True)
+        units_T = _numbered([start or (crowded and first) for start, crowded, first in pairs])
+    return units_T
+
+
+def character_units(spans: Sequence[Span]) -> Tensor:
+    """Number of the unit each token belongs to when units are tokens; tokens of one character stay together.
+
+    Example:
+        >>> character_units([(0, 2), (2, 3), (2, 3), (3, 5)]).tolist()
+        [0, 1, 1, 2]
+    """
+    ends = [0, *(stop for _, stop in spans)]
+    return _numbered([start >= end for (start, _), end in zip(spans, ends, strict=False)])
+
+
+def _numbered(starts: Sequence[bool]) -> Tensor:
+    if not starts:
+        return torch.zeros(0, dtype=torch.int64)
+    numbers = torch.tensor(starts, dtype=torch.int64).cumsum(dim=0)
+    return numbers - numbers[0]
+
+
+def tokens_within(spans: Sequence[Span], protected: Iterable[Span]) -> Tensor:
+    """Which tokens share a character with a protected range, (T,) bool."""
+    touched = torch.zeros(len(spans), dtype=torch.bool)
+    ranges = list(protected)
+    for token, (start, stop) in enumerate(spans):
+        touched[token] = any(start < end and begin < stop for begin, end in ranges)
+    return touched
+
+
+def joined(text: str, kept: Sequence[Span]) -> tuple[str, tuple[Span, ...]]:
+    """Text of the kept character ranges, and those ranges merged; the text is exactly their join.
+
+    Where two words would run together ("state-of" without its hyphen), one separating character that stood between them
+    in the source is kept as well.
+
+    Args:
+        text: the source.
+        kept: character ranges in order of their start.
+    """
+    merged: list[Span] = []
+    for start, stop in kept:
+        if merged and start <= merged[-1][1]:
+            merged[-1] = (merged[-1][0], max(stop, merged[-1][1]))
+            continue
+        if merged:
+            merged.extend(_separator(text, merged[-1][1], start))
+        merged.append((start, stop))
+    spans = _merged_neighbours(merged)
+    return "".join(text[start:stop] for start, stop in spans), spans
+
+
+def _separator(text: str, end: int, start: int) -> list[Span]:
+    """The character of the gap that keeps the words on its sides apart, if they would run together without it."""
+    before, after = text[end - 1], text[start]
+    if _parted(before, after):
+        return []
+    gap = range(end, start)
+    spaces = (place for place in gap if text[place].isspace())
+    others = (place for place in gap if _parted(before, text[place]) and _parted(text[place], after))
+    place = next(spaces, None)
+    place = next(others, None) if place is None else place
+    return [] if place is None else [(place, place + 1)]
+
+
+def _parted(left: str, right: str) -> bool:
+    """Whether a word may end between two characters that stand side by side."""
+    return left.isspace() or right.isspace() or any(border.start() == 1 for border in _BORDERS.finditer(left + right))
+
+
+def _merged_neighbours(spans: Sequence[Span]) -> tuple[Span, ...]:
+    merged: list[Span] = []
+    for start, stop in spans:
+        if merged and merged[-1][1] == start:
+            merged[-1] = (merged[-1][0], stop)
+        else:
+            merged.append((start, stop))
+    return tuple(merged)
