@@ -1,4 +1,4 @@
-"""Fixtures for every test of the project: no network, and a tiny random model unless a test asks for the real one."""
+"""Fixtures for every test: no network, and a tiny random model unless a test asks for the real one."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ import torch
 from pytest_socket import disable_socket
 
 from ctxcompress import Backbone, ContextCompressor
+
+torch.set_num_threads(1)  # tiny models: threads cost more than they bring, and tests often share a machine
 
 CORPUS = [
     "The quick brown fox jumps over the lazy dog. Rome is the capital of Italy and lies on the Tiber.",
@@ -25,7 +27,7 @@ def _no_network() -> None:
 
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folder of a random Llama (2 layers, 4 heads, window 256) with a byte-level tokenizer: every text can be encoded."""
+    """Folder of a random Llama (3 layers, 4 heads, window 256) with a byte-level tokenizer."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -65,11 +67,13 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def backbone(tiny_model: Path) -> Backbone:
+    """The tiny model, loaded."""
     return Backbone.from_pretrained(tiny_model, dtype=torch.float32, device="cpu")
 
 
 @pytest.fixture(scope="session")
 def compressor(backbone: Backbone) -> ContextCompressor:
+    """A compressor with default settings around the tiny model."""
     return ContextCompressor(backbone)
 
 

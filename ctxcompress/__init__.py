@@ -1,6 +1,7 @@
 """Compress retrieved context for LLMs: every document gets the tokens it is worth for the question.
 
-Names load what they need when they are first used: importing this package loads neither torch nor a framework.
+Names load what they need when they are first used: importing this package loads neither torch nor a
+framework.
 """
 
 from __future__ import annotations

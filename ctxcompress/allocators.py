@@ -54,7 +54,7 @@ class Uniform:
 
 
 class Random:
-    """Shares drawn uniformly from all possible ones (a flat Dirichlet), the same for the same seed and documents."""
+    """Shares drawn uniformly from all possible ones (a flat Dirichlet), the same for the same seed."""
 
     needs_query = False
 
@@ -64,7 +64,11 @@ class Random:
     def worth(self, request: Request) -> Worth:
         """See `Allocator`."""
         generator = torch.Generator().manual_seed(self._seed)
-        draws = -torch.rand(len(request.documents), generator=generator, dtype=torch.float64).clamp(min=1e-12).log()
+        draws = (
+            -torch.rand(len(request.documents), generator=generator, dtype=torch.float64)
+            .clamp(min=1e-12)
+            .log()
+        )
         return Worth(draws / draws.sum())
 
 
@@ -93,7 +97,9 @@ class Embedding:
 
     def worth(self, request: Request) -> Worth:
         """See `Allocator`."""
-        similarities = self._embedder.similarities(request.query, [document.text for document in request.documents])
+        similarities = self._embedder.similarities(
+            request.query, [document.text for document in request.documents]
+        )
         return Worth(shares(self._weight * standardised(torch.tensor(similarities, dtype=torch.float64))))
 
 
@@ -107,7 +113,9 @@ class GlobalAttention:
 
     def worth(self, request: Request) -> Worth:
         """See `Allocator`."""
-        return self._dast.worth(request.ids, request.query, [document.score for document in request.documents])
+        return self._dast.worth(
+            request.ids, request.query, [document.score for document in request.documents]
+        )
 
 
 def make_allocator(name: AllocatorName, *, dast: DAST, embedder: Embedder, seed: int) -> Allocator:

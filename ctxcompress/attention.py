@@ -1,8 +1,8 @@
 """Attention that is read while it is computed, never kept: O(tokens) extra memory instead of tokens x tokens.
 
-`ATTENTION` is registered with transformers as an attention implementation. Without a recorder it is plain SDPA. With one
-(a keyword of the model's forward that transformers hands down to every layer) the recorder computes the same output
-block by block and keeps only sums:
+`ATTENTION` is registered with transformers as an attention implementation. Without a recorder it is plain
+SDPA. With one (a keyword of the model's forward that transformers hands down to every layer) the recorder
+computes the same output block by block and keeps only sums:
 
 - `ColumnSums`: attention each token receives from all queries, mean over layers and heads [DAC, s_t].
 - `SegmentMass`: attention a few query tokens pay to each document, per layer and head [DAST, eq. 4].
@@ -24,7 +24,7 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from ctxcompress.types import Span
 
 ATTENTION = "ctxcompress"
-QUERY_BLOCK = 64  # queries x keys x heads of one block is the only quadratic-looking buffer: 9 heads x 2,000 keys = 4.6 MB
+QUERY_BLOCK = 64  # queries whose weights exist at the same time: 64 x 2,000 keys x 9 heads x 4 bytes = 4.6 MB
 
 
 class Recorder(Protocol):
@@ -36,11 +36,11 @@ class Recorder(Protocol):
 
 
 class ColumnSums:
-    """Sum over queries of softmax(QK^T), per key, averaged over layers and heads; exact, streamed in blocks of queries.
+    """Sum of softmax(QK^T) over queries, per key; mean over layers and heads; exact, in blocks of queries.
 
     Args:
-        query_spans: per row of the batch, the half-open range of positions whose attention counts. Padding and
-            context that was counted in an earlier window stay outside it.
+        query_spans: per row of the batch, the half-open range of positions whose attention counts. Padding
+            and context that was counted in an earlier window stay outside it.
     """
 
     def __init__(self, query_spans: Sequence[Span]) -> None:
@@ -61,7 +61,9 @@ class ColumnSums:
         if self._total_BT is None:
             self._total_BT = torch.zeros(batch, length, dtype=torch.float32, device=query_BHQD.device)
         positions = torch.arange(length, device=query_BHQD.device)
-        counted_BQ = torch.stack([(positions >= start) & (positions < stop) for start, stop in self._query_spans])
+        counted_BQ = torch.stack(
+            [(positions >= start) & (positions < stop) for start, stop in self._query_spans]
+        )
         output_BHQD = torch.empty_like(query_BHQD)
         for start in range(0, length, QUERY_BLOCK):
             stop = min(start + QUERY_BLOCK, length)
@@ -86,7 +88,7 @@ class SegmentMass:
 
     @property
     def mass_LHQN(self) -> Tensor:
-        """(layers, heads, queries, segments) float32; rows sum to at most 1: the rest went outside all segments."""
+        """(layers, heads, queries, segments) float32; rows sum to at most 1, the rest went elsewhere."""
         return torch.stack(self._layers)
 
     def attend(self, query_BHQD: Tensor, key_BHTD: Tensor, value_BHTD: Tensor, scaling: float) -> Tensor:

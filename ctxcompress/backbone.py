@@ -1,4 +1,4 @@
-"""The only door to transformers: one causal language model, and the forward passes everything else is computed from.
+"""The only door to transformers: one causal language model and the forward passes all else comes from.
 
 - `encode`: text -> token ids with the character span of each.
 - `token_signals`: NLL and accumulated attention of every token [DAC], for many texts at once.
@@ -64,7 +64,8 @@ class QueryReading:
 
     Attributes:
         mass_QLHN: (questions, layers, heads, documents) float32 attention mass.
-        nll_N: (documents,) float32; mean NLL of each document's tokens given what precedes them, or None if not asked.
+        nll_N: (documents,) float32; mean NLL of each document's tokens given what precedes them, or None if
+            not asked.
     """
 
     mass_QLHN: Tensor
@@ -75,7 +76,8 @@ class Backbone:
     """A causal language model of the Llama, Mistral, Qwen2 or Qwen3 family with its tokenizer.
 
     Args:
-        model: in evaluation mode; its attention implementation is set to ours, which is SDPA unless a pass records.
+        model: in evaluation mode; its attention implementation is set to ours, which is SDPA unless a pass
+            records.
         tokenizer: a fast one, for character offsets.
         name: what error messages and results call it.
         window: most tokens of one forward pass; None takes the model's own limit.
@@ -91,11 +93,13 @@ class Backbone:
     ) -> None:
         if model.config.model_type not in FAMILIES:
             raise ModelError(
-                f"{name} must be a causal language model of one of the families {', '.join(FAMILIES)}, "
-                f"got {model.config.model_type!r}; choose another model"
+                f"{name} must be a causal language model of one of the families {', '.join(FAMILIES)}, got "
+                f"{model.config.model_type!r}; choose another model"
             )
         if not tokenizer.is_fast:
-            raise ModelError(f"{name} must have a fast tokenizer (tokenizer.json), got a slow one; convert it first")
+            raise ModelError(
+                f"{name} must have a fast tokenizer (tokenizer.json), got a slow one; convert it first"
+            )
         model.eval()
         model.set_attn_implementation(ATTENTION)
         self.model: Any = model
@@ -129,15 +133,18 @@ class Backbone:
 
         name = str(name)
         source = resolve_model(name)
-        place = torch.device(device) if device else torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        place = (
+            torch.device(device) if device else torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        )
         try:
             tokenizer = AutoTokenizer.from_pretrained(source)
             model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype or native_dtype(place))
         except (OSError, ValueError) as error:
             kind = "local folder" if Path(source).exists() else "hub id"
             raise ModelError(
-                f'the model must be "embedded", a folder with a model, or a hub id within reach, got {name!r} ({kind}): '
-                f"{str(error).splitlines()[0]}; check the spelling and the folder's config.json"
+                'the model must be "embedded", a folder with a model, or a hub id within reach, got '
+                f"{name!r} ({kind}): {str(error).splitlines()[0]}; check the spelling and the folder's "
+                "config.json"
             ) from error
         return cls(model.to(place), tokenizer, name=name, window=window)
 
@@ -156,7 +163,11 @@ class Backbone:
     def encode(self, text: str) -> Encoding:
         """Tokens of `text` without added special tokens; control strings inside the text are plain text."""
         encoded = self.tokenizer(
-            text, add_special_tokens=False, split_special_tokens=True, return_offsets_mapping=True, verbose=False
+            text,
+            add_special_tokens=False,
+            split_special_tokens=True,
+            return_offsets_mapping=True,
+            verbose=False,
         )
         return Encoding(tuple(encoded["input_ids"]), _without_gaps(encoded["offset_mapping"], len(text)))
 
@@ -168,30 +179,39 @@ class Backbone:
     def token_signals(self, texts: Sequence[Sequence[int]]) -> list[TokenSignals]:
         """NLL and accumulated attention of every token of every text; a batch equals its texts one by one.
 
-        A text longer than the window is read in windows that overlap by half: every token is predicted, and attends,
-        exactly once, with between half a window and a whole one of context. The first key of a later window stands
-        for everything before it and collects attention for that, so what it receives there is not counted.
+        A text longer than the window is read in windows that overlap by half: every token is predicted, and
+        attends, exactly once, with between half a window and a whole one of context. The first key of a later
+        window stands for everything before it and collects attention for that, so what it receives there is
+        not counted.
         """
         nll = [torch.zeros(len(ids)) for ids in texts]
         attention = [torch.zeros(len(ids)) for ids in texts]
-        for batch in _batches([piece for text, ids in enumerate(texts) for piece in _windows(text, len(ids), self.window)]):
+        for batch in _batches(
+            [piece for text, ids in enumerate(texts) for piece in _windows(text, len(ids), self.window)]
+        ):
             rows = [list(texts[piece.text][piece.start : piece.stop]) for piece in batch]
             nll_BT, attention_BT = self._forward_signals(rows, [piece.fresh - piece.start for piece in batch])
             for row, piece in enumerate(batch):
                 fresh, length = piece.fresh - piece.start, piece.stop - piece.start
                 nll[piece.text][piece.fresh : piece.stop] = nll_BT[row, fresh:length]
                 first_key = 1 if piece.start else 0
-                attention[piece.text][piece.start + first_key : piece.stop] += attention_BT[row, first_key:length]
+                attention[piece.text][piece.start + first_key : piece.stop] += attention_BT[
+                    row, first_key:length
+                ]
         return [TokenSignals(*signals) for signals in zip(nll, attention, strict=True)]
 
     def _forward_signals(self, rows: list[list[int]], fresh: list[int]) -> tuple[Tensor, Tensor]:
-        ids_BT = torch.nn.utils.rnn.pad_sequence([torch.tensor(row) for row in rows], batch_first=True).to(self.device)
+        ids_BT = torch.nn.utils.rnn.pad_sequence([torch.tensor(row) for row in rows], batch_first=True).to(
+            self.device
+        )
         recorder = ColumnSums([(start, len(row)) for start, row in zip(fresh, rows, strict=True)])
         # Padding is on the right and attention causal, so no real token ever sees it: no mask is needed.
         hidden_BTD = self.model.model(ids_BT, use_cache=False, recorder=recorder).last_hidden_state
         nll_BT = torch.zeros(ids_BT.shape)
         for row, tokens in enumerate(rows):
-            nll_BT[row, 1 : len(tokens)] = self._nll(hidden_BTD[row, : len(tokens) - 1], ids_BT[row, 1 : len(tokens)])
+            nll_BT[row, 1 : len(tokens)] = self._nll(
+                hidden_BTD[row, : len(tokens) - 1], ids_BT[row, 1 : len(tokens)]
+            )
         return nll_BT, recorder.mean_BT.cpu()
 
     def _nll(self, hidden_TD: Tensor, next_ids_T: Tensor) -> Tensor:
@@ -214,8 +234,8 @@ class Backbone:
     ) -> QueryReading:
         """Read all documents once, then each question after them, and see where its tokens look.
 
-        Documents that do not fit the window together are read in as few windows as their order allows, a longer one in
-        pieces; a window's mass counts by its share of all tokens.
+        Documents that do not fit the window together are read in as few windows as their order allows, a
+        longer one in pieces; a window's mass counts by its share of all tokens.
 
         Args:
             documents: token ids of each; separators belong to the document they follow.
@@ -311,7 +331,7 @@ def native_dtype(device: torch.device) -> torch.dtype:
 
 
 def _without_gaps(offsets: Sequence[Span], length: int) -> tuple[Span, ...]:
-    """Stretch token spans so that they cover the text: characters a tokenizer leaves out join the token after them."""
+    """Stretch token spans over the text: characters a tokenizer leaves out join the token after them."""
     spans: list[Span] = []
     end = 0
     for start, stop in offsets:
@@ -323,7 +343,7 @@ def _without_gaps(offsets: Sequence[Span], length: int) -> tuple[Span, ...]:
 
 
 def _windows(text: int, length: int, window: int) -> Iterator[_Piece]:
-    """One piece if the text fits, else pieces of a window that begin half a window before their first fresh token."""
+    """One piece if the text fits, else pieces that begin half a window before their first fresh token."""
     if length:
         yield _Piece(text, 0, 0, min(window, length))
     half = max(window // 2, 1)
@@ -344,7 +364,7 @@ def _batches(pieces: list[_Piece]) -> Iterator[list[_Piece]]:
 
 
 def _packed(documents: Sequence[Sequence[int]], room: int) -> Iterator[list[_Piece]]:
-    """Documents in their order into windows of at most `room` tokens; only a document longer than that is cut."""
+    """Documents in order into windows of at most `room` tokens; only a document longer than that is cut."""
     window: list[_Piece] = []
     used = 0
     for text, ids in enumerate(documents):

@@ -19,23 +19,26 @@ from ctxcompress.errors import InputError
 def largest_remainder(
     shares_N: Tensor, budget: int, *, minimum_N: Tensor | None = None, capacity_N: Tensor | None = None
 ) -> Tensor:
-    """Share `budget` tokens among documents in proportion to `shares_N`, between a minimum and a capacity each.
+    """Share `budget` tokens in proportion to `shares_N`, each document between a minimum and a capacity.
 
-    What a document cannot use goes to the others in proportion to their shares. DAST eq. 5 gives the proportions; exact
-    totals are ours: rounding each document alone may miss the budget.
+    What a document cannot use goes to the others in proportion to their shares. DAST eq. 5 gives the
+    proportions; exact totals are ours: rounding each document alone may miss the budget.
 
     Args:
         shares_N: (N,) float, >= 0, finite; proportions, need not sum to 1; all zero means equal.
         budget: tokens to give, >= the sum of the minima.
         minimum_N: (N,) int; fewest tokens of each document; None is 0.
         capacity_N: (N,) int; most tokens of each document; None is unlimited.
+
     Returns:
-        (N,) int64; sums to min(budget, sum of capacities); a higher share never gets fewer at equal minimum and
-        capacity; ties go to the earlier document.
+        (N,) int64; sums to min(budget, sum of capacities); a higher share never gets fewer at equal minimum
+        and capacity; ties go to the earlier document.
+
     Raises:
         InputError: negative, NaN or infinite shares, a minimum above its capacity, or too small a budget.
+
     Example:
-        >>> largest_remainder(torch.tensor([0.5, 0.3, 0.2]), 7).tolist()  # 3.5 2.1 1.4 -> floor 3 2 1, one left to .5
+        >>> largest_remainder(torch.tensor([0.5, 0.3, 0.2]), 7).tolist()  # 3.5 2.1 1.4: floors 3 2 1, 1 left
         [4, 2, 1]
     """
     shares_N = shares_N.double()
@@ -48,15 +51,15 @@ def largest_remainder(
         raise InputError(f"a minimum is above its capacity: {low_N.tolist()} > {high_N.tolist()}")
     if budget < low_N.sum():
         raise InputError(
-            f"budget must be >= {int(low_N.sum())}, the least that {count} documents need, got {budget}; raise it or "
-            "pass fewer documents"
+            f"budget must be >= {int(low_N.sum())}, the least that {count} documents need, got {budget}; "
+            "raise it or pass fewer documents"
         )
     budget = min(budget, int(high_N.sum()))
     return _rounded(_filled(shares_N, budget, low_N, high_N), budget, high_N)
 
 
 def _filled(shares_N: Tensor, budget: int, low_N: Tensor, high_N: Tensor) -> Tensor:
-    """Real amounts clamp(level * share, low, high) at the level where they sum to `budget` (water filling)."""
+    """Water filling: clamp(level * share, low, high) at the level where the amounts sum to `budget`."""
     if budget == 0:
         return low_N.double()
     if shares_N.sum() == 0:
@@ -75,7 +78,8 @@ def _filled(shares_N: Tensor, budget: int, low_N: Tensor, high_N: Tensor) -> Ten
 
 def _rounded(amounts_N: Tensor, budget: int, high_N: Tensor) -> Tensor:
     """Floor, then one more for the largest remainders until the sum is `budget`."""
-    # Bisection leaves an amount a hair beside a whole number; without the nudge its floor would be one too low.
+    # Bisection leaves an amount a hair beside a whole number; without the nudge its floor would be one too
+    # low.
     counts_N = torch.minimum((amounts_N + 1e-6).floor().long(), high_N)
     remainder_N = torch.where(counts_N < high_N, amounts_N - counts_N, -torch.inf)
     missing = budget - int(counts_N.sum())
@@ -87,18 +91,21 @@ def _rounded(amounts_N: Tensor, budget: int, high_N: Tensor) -> Tensor:
 def reallocate(shares_N: Tensor, budget: int, sizes: Sequence[int]) -> tuple[Tensor, int]:
     """Give every document one of the legal sizes, as close to its share of `budget` as the total allows.
 
-    DAST Algorithm 1 in a reading that terminates: snap to the nearest size in tokens (ties to the smaller); while the
-    total is too large, step the lowest-scored document down; then sweep by score, one step up each where it fits,
-    until a sweep changes nothing.
+    DAST Algorithm 1 in a reading that terminates: snap to the nearest size in tokens (ties to the smaller);
+    while the total is too large, step the lowest-scored document down; then sweep by score, one step up each
+    where it fits, until a sweep changes nothing.
 
     Args:
         shares_N: (N,) float, >= 0; sums to 1.
         budget: most tokens in total, >= N * the smallest size.
         sizes: legal sizes, e.g. chunk length / ratio for every ratio of the set.
+
     Returns:
         (N,) int64 sizes, and the tokens of the budget that no step fits; counts + unused = budget.
+
     Raises:
         InputError: no sizes, or a budget below the smallest total.
+
     Example:
         >>> reallocate(torch.tensor([0.15, 0.20, 0.50, 0.15]), 48, [2, 4, 8, 16, 32])[0].tolist()
         [8, 16, 16, 8]
@@ -109,8 +116,8 @@ def reallocate(shares_N: Tensor, budget: int, sizes: Sequence[int]) -> tuple[Ten
     scores = shares_N.double().tolist()
     if budget < len(scores) * legal[0]:
         raise InputError(
-            f"budget must be >= {len(scores) * legal[0]} ({len(scores)} documents of at least {legal[0]} tokens), got "
-            f"{budget}; raise it or allow a smaller size"
+            f"budget must be >= {len(scores) * legal[0]} ({len(scores)} documents of at least {legal[0]} "
+            f"tokens), got {budget}; raise it or allow a smaller size"
         )
     steps = [min(range(len(legal)), key=lambda step: abs(legal[step] - budget * score)) for score in scores]
     spare = budget - sum(legal[step] for step in steps)

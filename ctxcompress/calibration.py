@@ -1,7 +1,8 @@
-"""What a model's attention is worth as evidence: its retrieval heads, and weights fitted on labelled questions.
+"""What a model's attention is worth as evidence: its retrieval heads, and weights fitted on questions.
 
-A few heads in the middle layers do the retrieving. `calibrate` finds them once per model on questions whose gold document
-is known, fits how sharply evidence should turn into budget, and the result is a small JSON file.
+A few heads in the middle layers do the retrieving. `calibrate` finds them once per model on questions whose
+gold document is known, fits how sharply evidence should turn into budget, and the result is a small JSON
+file.
 
 Shapes: L layers, H heads, N documents of one question.
 """
@@ -29,6 +30,7 @@ FORMAT = 1
 HEAD_COUNTS = (1, 2, 4, 6, 8, 12, 16)
 FOLDS = 5
 RIDGE = 1e-3
+SHARPNESSES = (2.5, 5.0, 10.0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,23 +76,34 @@ class Calibration:
             return cls(heads=heads, **content)
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise ModelError(
-                f"a calibration file of format {FORMAT} was expected at {path}, got: {error}; make one with: "
-                "ctxcompress calibrate --task FILE --output PATH"
+                f"a calibration file of format {FORMAT} was expected at {path}, got: {error}; make one "
+                "with: ctxcompress calibrate --task FILE --output PATH"
             ) from error
+
+    def check(self, layers: int, heads: int) -> None:
+        """Refuse a model that does not have these heads.
+
+        Raises:
+            ModelError: the calibration was made for another model.
+        """
+        if not self.heads or any(layer >= layers or head >= heads for layer, head in self.heads):
+            raise ModelError(
+                f"the calibration must name heads of a model with {layers} layers of {heads} heads, got "
+                f"{list(self.heads)[:8]}; it was made for another model: run ctxcompress calibrate for this "
+                "one"
+            )
 
     @classmethod
     def for_model(cls, name: str, layers: int, heads: int) -> Calibration:
-        """The shipped calibration of "embedded"; for other models all heads of the middle third of the layers."""
+        """The shipped calibration of "embedded"; for others all heads of the middle third of the layers.
+
+        The weights of these are what the middle third of the embedded model is worth on Natural Questions.
+        """
         if name == EMBEDDED:
-            with_path = files("ctxcompress") / "calibrations" / "embedded.json"
-            return cls.load(str(with_path))
+            return cls.load(str(files("ctxcompress") / "calibrations" / "embedded.json"))
         middle = range(layers // 3, max(layers - layers // 3, layers // 3 + 1))
         every_head = tuple((layer, head) for layer in middle for head in range(heads))
-        return cls(heads=every_head, **UNCALIBRATED)
-
-
-UNCALIBRATED: dict[str, float] = {"attention_alone": 10.0, "attention": 3.0, "prior": 2.0}
-"""Weights for a model without a calibration: near those fitted for the middle third of the embedded model."""
+        return cls(heads=every_head, attention_alone=13.0, attention=1.0, prior=3.4)
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,7 +126,7 @@ class Observation:
 
 
 def calibrate(observations: Sequence[Observation], provenance: dict[str, Any]) -> Calibration:
-    """Choose heads by how well each alone predicts the gold document, their number by cross-validation; fit weights.
+    """Choose heads that alone predict the gold document, their number by cross-validation; fit weights.
 
     Args:
         observations: labelled questions, at least 2 * FOLDS of them.
@@ -158,7 +171,7 @@ def calibrate(observations: Sequence[Observation], provenance: dict[str, Any]) -
 
 
 def _best_heads(observations: Sequence[Observation], count: int) -> tuple[tuple[int, int], ...]:
-    """The heads whose own evidence gives the gold document the lowest loss at the best of three sharpnesses."""
+    """The heads whose own evidence gives gold documents the lowest loss at their best sharpness."""
     loss_3LH = torch.stack([_head_losses(seen) for seen in observations]).mean(dim=0)
     loss_LH = loss_3LH.min(dim=0).values
     best = loss_LH.flatten().argsort(stable=True)[:count].tolist()
@@ -167,10 +180,14 @@ def _best_heads(observations: Sequence[Observation], count: int) -> tuple[tuple[
 
 
 def _head_losses(seen: Observation) -> Tensor:
-    total_LH1 = seen.question_LHN.sum(dim=-1, keepdim=True).clamp(min=1e-6)
-    evidence_LHN = (seen.question_LHN - seen.baseline_LHN) / total_LH1
-    log_odds = [(weight * evidence_LHN).log_softmax(dim=-1) for weight in (2.5, 5.0, 10.0)]
-    return torch.stack([-log_LHN[..., seen.gold_N].mean(dim=-1) for log_LHN in log_odds])
+    """Loss of every head alone at three sharpnesses, (3, L, H)."""
+    question_LHN, baseline_LHN = (
+        mass_LHN / mass_LHN.sum(dim=-1, keepdim=True).clamp(min=1e-9)
+        for mass_LHN in (seen.question_LHN, seen.baseline_LHN)
+    )
+    evidence_LHN = question_LHN - baseline_LHN
+    log_3LHN = torch.stack([(weight * evidence_LHN).log_softmax(dim=-1) for weight in SHARPNESSES])
+    return -log_3LHN[..., seen.gold_N].mean(dim=-1)
 
 
 def _held_out_loss(observations: Sequence[Observation], count: int) -> float:
@@ -202,7 +219,9 @@ def _fit(features: Sequence[Sequence[Tensor]], gold: Sequence[Tensor]) -> tuple[
     def loss() -> Tensor:
         optimizer.zero_grad()
         stacked = (torch.stack(values, dim=-1).double() @ weights for values in zip(*features, strict=True))
-        value = torch.stack([_loss(scores, gold_N) for scores, gold_N in zip(stacked, gold, strict=True)]).mean()
+        value = torch.stack(
+            [_loss(scores, gold_N) for scores, gold_N in zip(stacked, gold, strict=True)]
+        ).mean()
         value = value + RIDGE * weights.square().sum()
         value.backward()
         return value

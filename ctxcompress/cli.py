@@ -16,7 +16,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    SpinnerColumn,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+)
 from rich.table import Table
 
 from ctxcompress import __version__
@@ -26,6 +34,7 @@ from ctxcompress.errors import CtxCompressError
 from ctxcompress.files import decoded, read_text
 
 if TYPE_CHECKING:
+    from ctxcompress.embedder import Embedder
     from ctxcompress.pipeline import ContextCompressor
     from ctxcompress.types import CompressedDocument, CompressionResult
 
@@ -33,14 +42,22 @@ app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_
 errors = Console(stderr=True)
 output = Console()
 
-Budget = Annotated[int | None, typer.Option(help="Most tokens of all documents together. Give this or --ratio.")]
+Budget = Annotated[
+    int | None, typer.Option(help="Most tokens of all documents together. Give this or --ratio.")
+]
 Ratio = Annotated[float | None, typer.Option(help="Original tokens / compressed tokens, >= 1.")]
 ModeOption = Annotated[str, typer.Option(help="How a document shrinks: auto or text.")]
 Allocator = Annotated[str, typer.Option(help="Who gets how much: dast, uniform, random, bm25 or embedding.")]
 Model = Annotated[str, typer.Option(help='"embedded", a local folder, or a Hugging Face hub id.')]
-PriorOption = Annotated[str, typer.Option(help="Whether the retriever's scores count as evidence: retriever or none.")]
-CalibrationFile = Annotated[Path | None, typer.Option(help="Calibration of the model, made by `ctxcompress calibrate`.")]
-EmbedderName = Annotated[str, typer.Option(help='"embedded" (MiniLM), or a sentence-transformers folder or hub id.')]
+PriorOption = Annotated[
+    str, typer.Option(help="Whether the retriever's scores count as evidence: retriever or none.")
+]
+CalibrationFile = Annotated[
+    Path | None, typer.Option(help="Calibration of the model, made by `ctxcompress calibrate`.")
+]
+EmbedderName = Annotated[
+    str, typer.Option(help='"embedded" (MiniLM), or a sentence-transformers folder or hub id.')
+]
 Seed = Annotated[int, typer.Option(help="Of the random allocator and of bootstrap intervals.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 TaskFile = Annotated[Path, typer.Option("--task", help="Questions: .jsonl or .jsonl.xz.")]
@@ -98,18 +115,22 @@ def ask(
     model: Model = EMBEDDED,
     calibration: CalibrationFile = None,
     embedder: EmbedderName = EMBEDDED,
-    index: Annotated[Path | None, typer.Option(help="Where the index is kept; default: FOLDER/.ctxcompress.")] = None,
+    index: Annotated[
+        Path | None, typer.Option(help="Where the index is kept; default: FOLDER/.ctxcompress.")
+    ] = None,
     max_new_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.")] = 64,
     seed: Seed = 0,
     as_json: AsJson = False,
 ) -> None:
     """Retrieve passages of a folder, compress them for the question, and answer it."""
+    from ctxcompress.embedder import Embedder
     from ctxcompress.retrieval import FolderIndex
 
     with _reported():
+        dast = DASTConfig(prior=one_of("prior", prior, Prior))
         with _progress() as report:
-            compressor = _loaded(report, model, calibration, seed, embedder, DASTConfig(prior=one_of("prior", prior, Prior)))
-            found = FolderIndex.open(folder, compressor.embedder, index_folder=index, progress=report)
+            found = FolderIndex.open(folder, Embedder(embedder), index_folder=index, progress=report)
+            compressor = _loaded(report, model, calibration, seed, found.embedder, dast)
             started = time.perf_counter()
             documents = found.retrieve(question, top_k)
             retrieved = time.perf_counter() - started
@@ -127,7 +148,9 @@ def ask(
             report("answering", 1, 1)
         if as_json:
             account = result.to_dict()
-            _print_json({"answer": answer.text, **account, "seconds": {"retrieve": retrieved, **answer.seconds}})
+            _print_json(
+                {"answer": answer.text, **account, "seconds": {"retrieve": retrieved, **answer.seconds}}
+            )
         else:
             output.print(answer.text, markup=False, highlight=False)
             output.print(_table(result))
@@ -154,10 +177,11 @@ def evaluate(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Measure answers with no documents, all of them, and compressed ones; an interrupted run is taken up again."""
+    """Measure answers without documents, with all, and with compressed ones; a stopped run goes on."""
     import torch
     import transformers
 
+    from ctxcompress.embedder import Embedder
     from ctxcompress.evaluate.runner import EvaluationConfig
     from ctxcompress.evaluate.runner import evaluate as run
     from ctxcompress.tasks import read_task
@@ -166,7 +190,7 @@ def evaluate(
         questions = read_task(task, limit=limit, offset=offset)
         dast = DASTConfig(prior=one_of("prior", prior, Prior))
         with _progress() as report:
-            compressor = _loaded(report, model, calibration, seed, embedder, dast)
+            compressor = _loaded(report, model, calibration, seed, Embedder(embedder), dast)
             calibrated = compressor.dast.calibration
             config = EvaluationConfig(
                 task=task.name,
@@ -192,7 +216,9 @@ def evaluate(
                     },
                 },
             )
-            results = run(compressor, questions, config, output_folder or Path("ctxcompress-runs") / config.name, report)
+            results = run(
+                compressor, questions, config, output_folder or Path("ctxcompress-runs") / config.name, report
+            )
         if as_json:
             _print_json(results)
         else:
@@ -202,7 +228,9 @@ def evaluate(
 @app.command()
 def calibrate(
     task: TaskFile,
-    output_file: Annotated[Path, typer.Option("--output", help="JSON file to write.")] = Path("calibration.json"),
+    output_file: Annotated[Path, typer.Option("--output", help="JSON file to write.")] = Path(
+        "calibration.json"
+    ),
     limit: Limit = 300,
     offset: Offset = 0,
     model: Model = EMBEDDED,
@@ -211,21 +239,36 @@ def calibrate(
 ) -> None:
     """Find a model's retrieval heads on questions with known gold documents, and fit how much they count."""
     from ctxcompress.calibration import calibrate as fit
+    from ctxcompress.embedder import Embedder
     from ctxcompress.evaluate.signals import observe
     from ctxcompress.tasks import read_task
 
     with _reported():
         questions = read_task(task, limit=limit, offset=offset)
         with _progress() as report:
-            compressor = _loaded(report, model, None, 0, embedder)
+            compressor = _loaded(report, model, None, 0, Embedder(embedder))
             observations = list(observe(compressor, questions, report))
-            provenance = {"model": model, "task": task.name, "offset": offset, "limit": limit, "embedder": embedder}
+            provenance = {
+                "model": model,
+                "task": task.name,
+                "offset": offset,
+                "limit": limit,
+                "embedder": embedder,
+            }
             fitted = fit(observations, provenance)
         fitted.save(output_file)
         if as_json:
-            _print_json({"output": str(output_file), "heads": [list(head) for head in fitted.heads], **fitted.provenance})
+            _print_json(
+                {
+                    "output": str(output_file),
+                    "heads": [list(head) for head in fitted.heads],
+                    **fitted.provenance,
+                }
+            )
         else:
-            first = ", ".join(f"{name} {share:.1%}" for name, share in fitted.provenance["gold_first"].items())
+            first = ", ".join(
+                f"{name} {share:.1%}" for name, share in fitted.provenance["gold_first"].items()
+            )
             output.print(f"{len(fitted.heads)} heads from {len(observations)} questions -> {output_file}")
             output.print(f"gold document first on the same questions: {first}")
 
@@ -238,7 +281,9 @@ def _version(asked: bool) -> None:
 
 @app.callback()
 def main(
-    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
 ) -> None:
     """Compress retrieved context: every document gets the tokens it is worth for the question."""
 
@@ -248,7 +293,7 @@ def _loaded(
     model: str,
     calibration: Path | None,
     seed: int,
-    embedder: str = EMBEDDED,
+    embedder: Embedder | None = None,
     dast: DASTConfig | None = None,
 ) -> ContextCompressor:
     """The compressor, with other libraries' bars and advice silenced: this program shows its own."""
@@ -259,7 +304,9 @@ def _loaded(
 
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    compressor = ContextCompressor.from_pretrained(model, calibration=calibration, seed=seed, embedder=embedder, dast=dast)
+    compressor = ContextCompressor.from_pretrained(
+        model, calibration=calibration, seed=seed, embedder=embedder, dast=dast
+    )
     report("loading the model", 1, 1)
     return compressor
 
@@ -279,7 +326,13 @@ class _Report:
 
 @contextmanager
 def _progress() -> Iterator[_Report]:
-    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    columns = (
+        SpinnerColumn(),
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+    )
     with Progress(*columns, console=errors, transient=True, disable=not errors.is_terminal) as bars:
         yield _Report(bars)
 
@@ -306,10 +359,8 @@ def _print_json(value: dict[str, Any]) -> None:
 def _table(result: CompressionResult) -> Table:
     ratio = f"{result.compression_ratio:.2f}x" if result.compression_ratio else "nothing left"
     seconds = ", ".join(f"{stage} {value:.2f} s" for stage, value in result.seconds.items())
-    table = Table(
-        title=f"{result.mode}:{result.allocator}  {result.tokens_before:,} -> {result.tokens_after:,} tokens ({ratio}, "
-        f"budget {result.budget:,})  {seconds}"
-    )
+    tokens = f"{result.tokens_before:,} -> {result.tokens_after:,} tokens ({ratio}, budget {result.budget:,})"
+    table = Table(title=f"{result.mode}:{result.allocator}  {tokens}  {seconds}")
     table.add_column("document")
     for name in ("tokens before", "tokens after", "ratio", "score", "share", "rank"):
         table.add_column(name, justify="right")
@@ -331,7 +382,18 @@ def _cells(document: CompressedDocument) -> list[str]:
 
 def _figures(rows: list[dict[str, Any]]) -> Table:
     table = Table(title="95 % bootstrap intervals in brackets; times include scoring, pruning and answering")
-    names = ("row", "n", "accuracy", "f1", "normalised", "ratio", "tokens", "gold tokens", "gold first", "seconds")
+    names = (
+        "row",
+        "n",
+        "accuracy",
+        "f1",
+        "normalised",
+        "ratio",
+        "tokens",
+        "gold tokens",
+        "gold first",
+        "seconds",
+    )
     for name in names:
         table.add_column(name, justify="left" if name == "row" else "right")
     for row in rows:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import re
 from dataclasses import dataclass
-from typing import Any, Literal, TypeVar, get_args
+from typing import Any, Literal, get_args
 
 from ctxcompress.errors import ConfigError
 
@@ -17,19 +17,19 @@ Schedule = Literal["anchored", "reference"]
 Unit = Literal["word", "token"]
 Fusion = Literal["additive", "multiplicative"]
 
-T = TypeVar("T")
-
 
 @dataclass(frozen=True, kw_only=True)
 class DASTConfig:
     """How much each document is worth for a query: DAST (arXiv 2502.11493), eqs. 3-5.
 
     Args:
-        mode: "repaired" reads all question tokens at the model's retrieval heads against a content-free question and
-            adds the retriever's prior; "paper" is eq. 5 as printed (last token, all heads, temperature 1);
-            "scaled" is the same with temperature 1/N, without which every document gets the same budget.
+        mode: "repaired" reads all question tokens at the model's retrieval heads against a content-free
+            question and adds the retriever's prior; "paper" is eq. 5 as printed (last token, all heads,
+            temperature 1); "scaled" is the same with temperature 1/N, without which every document gets the
+            same budget.
         alpha: weight of global attention against local NLL in eq. 5, in [0, 1]; for "scaled" and "paper".
-        ppl_sign: sign of the NLL term in eq. 5; -1 as printed gives predictable documents more, +1 surprising ones.
+        ppl_sign: sign of the NLL term in eq. 5; -1 as printed gives predictable documents more, +1 surprising
+            ones.
         temperature: of the softmax over documents, > 0; None takes the mode's own.
         prior: "retriever" adds the documents' scores as evidence when all have one; "none" ignores them.
     """
@@ -47,7 +47,9 @@ class DASTConfig:
         if not 0 <= self.alpha <= 1:
             raise ConfigError(f"alpha must be in [0, 1] (weight of attention against NLL), got {self.alpha}")
         if self.temperature is not None and not self.temperature > 0:
-            raise ConfigError(f"temperature must be > 0, got {self.temperature}; leave it None for the mode's own")
+            raise ConfigError(
+                f"temperature must be > 0, got {self.temperature}; leave it None for the mode's own"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,7 +65,8 @@ class DACConfig:
         stages: number of stages D; None takes min(max(1, tokens // 100), 15).
         no_consecutive: within one stage a unit stays when its left neighbour was just removed.
         strict: a last pass without that rule removes what still exceeds the budget ("anchored" only).
-        correct_causal_bias: divide a token's accumulated attention by the number of queries that could see it.
+        correct_causal_bias: divide a token's accumulated attention by the number of queries that could see
+            it.
         keep_digits: keep units with digits for as long as the budget allows.
         keep_patterns: regular expressions; what they match is protected like a protected span.
     """
@@ -84,17 +87,21 @@ class DACConfig:
         one_of("schedule", self.schedule, Schedule)
         one_of("unit", self.unit, Unit)
         if not 0 <= self.alpha <= 1:
-            raise ConfigError(f"alpha must be in [0, 1] (weight of attention against information), got {self.alpha}")
+            raise ConfigError(
+                f"alpha must be in [0, 1] (weight of attention against information), got {self.alpha}"
+            )
         if self.stages is not None and self.stages < 1:
             raise ConfigError(f"stages must be >= 1, got {self.stages}; leave it None for one per 100 tokens")
         for pattern in self.keep_patterns:
             try:
                 re.compile(pattern)
             except re.error as error:
-                raise ConfigError(f"keep_patterns must be regular expressions, got {pattern!r}: {error}") from error
+                raise ConfigError(
+                    f"keep_patterns must be regular expressions, got {pattern!r}: {error}"
+                ) from error
 
 
-def one_of(name: str, value: T, choices: Any) -> T:
+def one_of(name: str, value: object, choices: Any) -> Any:
     """Return `value` if the `Literal` type `choices` lists it.
 
     Raises:
@@ -108,4 +115,7 @@ def one_of(name: str, value: T, choices: Any) -> T:
 
 def to_dict(config: DASTConfig | DACConfig) -> dict[str, Any]:
     """JSON-ready form; the class is rebuilt by `type(config)(**to_dict(config))`."""
-    return {name: list(value) if isinstance(value, tuple) else value for name, value in dataclasses.asdict(config).items()}
+    return {
+        name: list(value) if isinstance(value, tuple) else value
+        for name, value in dataclasses.asdict(config).items()
+    }

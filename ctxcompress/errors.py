@@ -21,4 +21,6 @@ class MissingExtraError(CtxCompressError, ImportError):
     """An optional dependency is not installed; the message names the extra that brings it."""
 
     def __init__(self, package: str, extra: str) -> None:
-        super().__init__(f'this needs the package "{package}"; install it with: pip install "ctxcompress[{extra}]"')
+        super().__init__(
+            f'this needs the package "{package}"; install it with: pip install "ctxcompress[{extra}]"'
+        )

@@ -40,7 +40,9 @@ def read_text(path: Path) -> str:
     try:
         content = path.read_bytes()
     except OSError as error:
-        raise InputError(f"a readable text file was expected at {path}, got: {error.strerror or error}") from error
+        raise InputError(
+            f"a readable text file was expected at {path}, got: {error.strerror or error}"
+        ) from error
     return decoded(content, str(path))
 
 

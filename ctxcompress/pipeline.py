@@ -59,8 +59,9 @@ class ContextCompressor:
     ) -> None:
         if dac is not None and not (dac.strict and dac.schedule == "anchored"):
             raise ConfigError(
-                "a pipeline never exceeds its budget, so dac must have schedule='anchored' and strict=True, got "
-                f"schedule={dac.schedule!r}, strict={dac.strict}; use ctxcompress.DAC itself for other settings"
+                "a pipeline never exceeds its budget, so dac must have schedule='anchored' and "
+                f"strict=True, got schedule={dac.schedule!r}, strict={dac.strict}; use ctxcompress.DAC "
+                "itself for other settings"
             )
         self.backbone = backbone
         self.embedder = embedder or Embedder()
@@ -78,7 +79,7 @@ class ContextCompressor:
         dast: DASTConfig | None = None,
         dac: DACConfig | None = None,
         calibration: Calibration | str | os.PathLike[str] | None = None,
-        embedder: str = EMBEDDED,
+        embedder: Embedder | None = None,
         seed: int = 0,
     ) -> ContextCompressor:
         """Load a compressor by the name of its model: "embedded", a local folder or a hub id.
@@ -89,7 +90,7 @@ class ContextCompressor:
         if isinstance(calibration, (str, os.PathLike)):
             calibration = Calibration.load(calibration)
         backbone = Backbone.from_pretrained(name, device=device, dtype=dtype)
-        return cls(backbone, dast=dast, dac=dac, calibration=calibration, embedder=Embedder(embedder), seed=seed)
+        return cls(backbone, dast=dast, dac=dac, calibration=calibration, embedder=embedder, seed=seed)
 
     def compress(
         self,
@@ -116,8 +117,10 @@ class ContextCompressor:
             allow_drop: let worthless documents lose all their tokens; otherwise each keeps a few.
             protected: per document id, character ranges that stay.
             progress: told about work under way: (name, done, total).
+
         Returns:
             One compressed document per document, in the order they came; an empty list gives an empty result.
+
         Raises:
             InputError: no query where one is needed, duplicate ids, or a budget below the least that works.
             ConfigError: an unknown mode or allocator.
@@ -143,7 +146,9 @@ class ContextCompressor:
             ).tolist()
         scored = time.perf_counter()
         spans = [protected.get(document.id, ()) for document in read]
-        pruned = self._dac.prune([document.text for document in read], counts, protected=spans, progress=progress)
+        pruned = self._dac.prune(
+            [document.text for document in read], counts, protected=spans, progress=progress
+        )
         return CompressionResult(
             documents=_compressed(read, before, counts, worth, pruned),
             query=query,
@@ -155,7 +160,10 @@ class ContextCompressor:
         )
 
     async def acompress(
-        self, documents: Iterable[Document | str | Mapping[str, Any]], query: str | None = None, **settings: Any
+        self,
+        documents: Iterable[Document | str | Mapping[str, Any]],
+        query: str | None = None,
+        **settings: Any,
     ) -> CompressionResult:
         """`compress` in a worker thread, so that an event loop goes on; same arguments."""
         return await asyncio.to_thread(self.compress, documents, query, **settings)
@@ -171,7 +179,9 @@ class ContextCompressor:
         prompt = question_prompt(self.backbone, query, [document.text for document in result.documents])
         completion = LocalDecoder(self.backbone).generate(prompt, max_new_tokens=max_new_tokens)
         seconds = {**result.seconds, "decode": time.perf_counter() - started}
-        return Answer(completion.text, result, completion.prompt_tokens, completion.completion_tokens, seconds)
+        return Answer(
+            completion.text, result, completion.prompt_tokens, completion.completion_tokens, seconds
+        )
 
     def _allocator(self, name: AllocatorName) -> Allocator:
         return make_allocator(name, dast=self.dast, embedder=self.embedder, seed=self._seed)
@@ -184,32 +194,41 @@ class ContextCompressor:
         allow_drop: bool,
         protected: Mapping[str, Sequence[Span]],
     ) -> Tensor:
-        """Fewest tokens of each document: what is protected in it, and a few words unless it may be dropped."""
+        """Fewest tokens of each document: what is protected, and a few words unless it may be dropped."""
         present = sum(1 for tokens in before if tokens)
         if not allow_drop and budget < present:
             raise InputError(
-                f"budget must be >= {present} tokens, one for each of {present} documents, got {budget}; raise it, pass "
-                "fewer documents, or allow dropping some (allow_drop=True)"
+                f"budget must be >= {present} tokens, one for each of {present} documents, got {budget}; "
+                "raise it, pass fewer documents, or allow dropping some (allow_drop=True)"
             )
         least = 0 if allow_drop else min(LEAST_TOKENS, budget // present)
-        kept = [self._dac.protected_tokens(document.text, protected.get(document.id, ())) for document in documents]
+        kept = [
+            self._dac.protected_tokens(document.text, protected.get(document.id, ()))
+            for document in documents
+        ]
         minimum_N = torch.tensor([max(min(least, b), min(k, b)) for b, k in zip(before, kept, strict=True)])
         if minimum_N.sum() > budget:
             raise InputError(
-                f"budget must be >= {int(minimum_N.sum())} tokens for what is protected in {present} documents, got "
-                f"{budget}; raise it or protect less"
+                f"budget must be >= {int(minimum_N.sum())} tokens for what is protected in {present} "
+                f"documents, got {budget}; raise it or protect less"
             )
         return minimum_N
 
 
 def _weighed(
-    weigher: Allocator, documents: Sequence[Document], encodings: Sequence[Encoding], query: str, progress: Progress | None
+    weigher: Allocator,
+    documents: Sequence[Document],
+    encodings: Sequence[Encoding],
+    query: str,
+    progress: Progress | None,
 ) -> Worth:
     """Shares of all documents; those without tokens take no part and get none."""
     if progress is not None:
         progress("scoring", 0, 1)
     present = [place for place, encoding in enumerate(encodings) if encoding.ids]
-    request = Request([documents[place] for place in present], [encodings[place].ids for place in present], query)
+    request = Request(
+        [documents[place] for place in present], [encodings[place].ids for place in present], query
+    )
     worth = weigher.worth(request)
     shares_N = torch.zeros(len(documents), dtype=torch.float64)
     shares_N[present] = worth.shares_N.double()
@@ -219,12 +238,18 @@ def _weighed(
 
 
 def _compressed(
-    documents: Sequence[Document], before: Sequence[int], counts: Sequence[int], worth: Worth | None, pruned: Sequence[Pruned]
+    documents: Sequence[Document],
+    before: Sequence[int],
+    counts: Sequence[int],
+    worth: Worth | None,
+    pruned: Sequence[Pruned],
 ) -> tuple[CompressedDocument, ...]:
     shares = worth.shares_N.tolist() if worth else [None] * len(documents)
     ranks: list[int | None] = [None] * len(documents)
     if worth:
-        for rank, place in enumerate(worth.shares_N.sort(descending=True, stable=True).indices.tolist(), start=1):
+        for rank, place in enumerate(
+            worth.shares_N.sort(descending=True, stable=True).indices.tolist(), start=1
+        ):
             ranks[place] = rank
     return tuple(
         CompressedDocument(
@@ -250,18 +275,24 @@ def _budget(budget: int | None, compression_ratio: float | None, tokens: int) ->
     """Tokens to stay within, from whichever of the two was given."""
     if (budget is None) == (compression_ratio is None):
         got = "neither" if budget is None else "both"
-        raise ConfigError(f"give either budget (tokens) or compression_ratio (original / compressed), got {got}")
+        raise ConfigError(
+            f"give either budget (tokens) or compression_ratio (original / compressed), got {got}"
+        )
     if compression_ratio is not None:
         if not (math.isfinite(compression_ratio) and compression_ratio >= 1):
             remedy = ""
             if 0 < compression_ratio < 1:
                 remedy = f"; to keep {compression_ratio:.0%} write {1 / compression_ratio:g}"
             raise ConfigError(
-                f"compression_ratio must be a finite number >= 1 (original / compressed), got {compression_ratio}{remedy}"
+                "compression_ratio must be a finite number >= 1 (original / compressed), got "
+                f"{compression_ratio}{remedy}"
             )
         return max(int(tokens / compression_ratio), min(tokens, 1))
     if not isinstance(budget, int) or isinstance(budget, bool) or budget < 1:
-        raise InputError(f"budget must be a whole number of tokens >= 1, got {budget!r}; to keep nothing, pass no documents")
+        raise InputError(
+            f"budget must be a whole number of tokens >= 1, got {budget!r}; to keep nothing, pass no "
+            "documents"
+        )
     return budget
 
 
@@ -271,7 +302,8 @@ def _query(query: str | None, needed_by: str | None) -> str:
     query = query or ""
     if needed_by is not None and not query.strip():
         raise InputError(
-            f"{needed_by} needs a query, got an empty one; pass the question, or use allocator='uniform' to compress without"
+            f"{needed_by} needs a query, got an empty one; pass the question, or use allocator='uniform' to "
+            "compress without"
         )
     return query
 
@@ -280,9 +312,12 @@ def _check_protected(documents: Sequence[Document], protected: Mapping[str, Sequ
     lengths = {document.id: len(document.text) for document in documents}
     for name, spans in protected.items():
         if name not in lengths:
-            raise InputError(f"protected names the document {name!r}, which is not among {sorted(lengths)[:10]}")
+            raise InputError(
+                f"protected names the document {name!r}, which is not among {sorted(lengths)[:10]}"
+            )
         for start, stop in spans:
             if not 0 <= start < stop <= lengths[name]:
                 raise InputError(
-                    f"protected spans of {name!r} must lie within its {lengths[name]} characters, got ({start}, {stop})"
+                    f"protected spans of {name!r} must lie within its {lengths[name]} characters, got "
+                    f"({start}, {stop})"
                 )

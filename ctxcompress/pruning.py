@@ -1,7 +1,7 @@
 """DAC's stages as arithmetic: which units of a text go, given the signals of what is left. No model, no text.
 
-A unit is a run of tokens that stays or goes together (one token in the paper, one word by default). The first unit
-is never removed by a stage: nothing predicts it and every later token leans on it.
+A unit is a run of tokens that stays or goes together (one token in the paper, one word by default). The first
+unit is never removed by a stage: nothing predicts it and every later token leans on it.
 
 Shapes: T tokens of the original text, A tokens still there, U units still there.
 """
@@ -16,8 +16,10 @@ from torch import Tensor
 from ctxcompress.config import DACConfig
 from ctxcompress.scores import fused, per_visible_query
 
-FREE, PREFERRED, PROTECTED = 0, 1, 2
-"""Tiers: prunable; pruned only after everything free is gone; pruned last of all."""
+FREE, PREFERRED, FIRST, PROTECTED = range(4)
+"""Tiers, in the order in which a budget takes them: what stages may remove; what goes when nothing free is
+left;
+the first unit; what goes last of all."""
 
 
 def stage_count(tokens: int) -> int:
@@ -30,16 +32,19 @@ def stage_count(tokens: int) -> int:
     return min(max(1, tokens // 100), 15)
 
 
-def to_remove(tokens: int, original: int, kept_fraction: float, stage: int, stages: int, schedule: str) -> int:
-    """Tokens that stage number `stage` (from 1) should remove from a text that has `tokens` left of `original`.
+def to_remove(
+    tokens: int, original: int, kept_fraction: float, stage: int, stages: int, schedule: str
+) -> int:
+    """Tokens that a stage (from 1) should remove from a text that has `tokens` left of `original`.
 
     "reference" keeps floor of a constant fraction tau^(1/D) of what is left, so floors add up and what the
-    no-consecutive rule restores is never caught up. "anchored" aims at 1 + floor((original - 1) * tau^(stage/D)).
+    no-consecutive rule restores is never caught up. "anchored" aims at 1 + floor((original - 1) *
+    tau^(stage/D)).
     """
     if schedule == "reference":
-        stage_loss = 1 - kept_fraction ** (1 / stages)
+        stage_loss = 1 - float(kept_fraction ** (1 / stages))
         return (tokens - 1) - max(1, int((tokens - 1) * (1 - stage_loss)))
-    target = 1 + max(1, math.floor((original - 1) * kept_fraction ** (stage / stages) + 1e-9))
+    target = 1 + max(1, math.floor((original - 1) * float(kept_fraction ** (stage / stages)) + 1e-9))
     return tokens - target
 
 
@@ -50,7 +55,8 @@ class Pruning:
         unit_T: (T,) int64; unit number of each token, rising.
         kept_fraction: tau in [0, 1]; fraction of the tokens after the first to keep.
         config: schedule, fusion, rule and stages.
-        tier_T: (T,) int64 of FREE, PREFERRED, PROTECTED; a unit has the highest tier of its tokens. None is all FREE.
+        tier_T: (T,) int64 of FREE, PREFERRED, PROTECTED; a unit has the highest tier of its tokens. None is
+            all FREE.
 
     Example:
         >>> pruning = Pruning(torch.arange(4), 2 / 3, DACConfig(no_consecutive=False))
@@ -74,6 +80,7 @@ class Pruning:
         self._tier_U = torch.zeros(units, dtype=torch.int64)
         if tier_T is not None:
             self._tier_U.scatter_reduce_(0, unit_T, tier_T, "amax")
+        self._tier_U[:1].clamp_(min=FIRST)
         self._worth_U = torch.zeros(units, dtype=torch.float64)
         self.alive_A = torch.arange(tokens)
 
@@ -98,31 +105,38 @@ class Pruning:
         self._stage += 1
         self._weigh(nll_A, attention_A)
         remove = to_remove(
-            len(self.alive_A), len(self._unit_T), self._kept_fraction, self._stage, self._stages, self._config.schedule
+            len(self.alive_A),
+            len(self._unit_T),
+            self._kept_fraction,
+            self._stage,
+            self._stages,
+            self._config.schedule,
         )
         units, widths_U = self._present()
-        free_U = (self._tier_U[units] == FREE) & (units != 0)
+        free_U = self._tier_U[units] == FREE
         chosen_U = _cheapest((~free_U, self._worth_U[units]), widths_U, remove) & free_U
         if self._config.no_consecutive:
             chosen_U = _alternating(chosen_U)
         self._drop(units[chosen_U])
 
     def enforce(self, limit: int | None = None) -> None:
-        """Remove what still exceeds `limit` tokens: free units, then preferred ones, then protected ones, then the first."""
+        """Remove what still exceeds `limit` tokens, tier by tier, least worth first; no neighbour rule."""
         limit = self._limit if limit is None else limit
         units, widths_U = self._present()
-        tier_U = self._tier_U[units].masked_fill(units == 0, PROTECTED + 1)
-        self._drop(units[_cheapest((tier_U, self._worth_U[units]), widths_U, len(self.alive_A) - limit)])
+        keys = self._tier_U[units], self._worth_U[units]
+        self._drop(units[_cheapest(keys, widths_U, len(self.alive_A) - limit)])
 
     def _weigh(self, nll_A: Tensor, attention_A: Tensor) -> None:
-        """Worth of every unit: the mean over its scored tokens; forced units and position 0 stay out of the scaling."""
+        """Worth of every free unit: the mean over its tokens; other units stay out of the scaling."""
         unit_A = self._unit_T[self.alive_A]
         if self._config.correct_causal_bias:
             attention_A = per_visible_query(attention_A)
         scored_A = self._tier_U[unit_A] == FREE
-        scored_A[0] = False
         worth = fused(
-            nll_A[scored_A].double(), attention_A[scored_A].double(), alpha=self._config.alpha, fusion=self._config.fusion
+            nll_A[scored_A].double(),
+            attention_A[scored_A].double(),
+            alpha=self._config.alpha,
+            fusion=self._config.fusion,
         )
         total_U = torch.zeros_like(self._worth_U).index_add_(0, unit_A[scored_A], worth)
         count_U = torch.bincount(unit_A[scored_A], minlength=len(total_U))
@@ -154,8 +168,7 @@ def _cheapest(keys: tuple[Tensor, ...], widths_U: Tensor, remove: int) -> Tensor
 
 
 def _alternating(chosen_U: Tensor) -> Tensor:
-    """Every second unit of each run of chosen neighbours, beginning with the first: no two go side by side."""
+    """Every second unit of each run of chosen neighbours, from its first: no two go side by side."""
     places = torch.arange(len(chosen_U))
     last_kept = torch.where(chosen_U, -1, places).cummax(dim=0).values
     return chosen_U & ((places - last_kept) % 2 == 1)
-

@@ -1,7 +1,8 @@
 """A folder of text files -> passages -> a FAISS index on disk -> the passages nearest to a question.
 
-The index lives beside a manifest that records the embedder and a hash of every file; when either changes it is rebuilt.
-Files are written under names that hold their content's hash, and the manifest last, so a reader never sees half an index.
+The index lives beside a manifest that records the embedder and a hash of every file; when either changes it
+is rebuilt. Files are written under names that hold their content's hash, and the manifest last, so a reader
+never sees half an index.
 """
 
 from __future__ import annotations
@@ -54,7 +55,7 @@ class FolderIndex:
     def __init__(self, passages: Sequence[Passage], index: Any, embedder: Embedder) -> None:
         self.passages = passages
         self._index = index
-        self._embedder = embedder
+        self.embedder = embedder
 
     @classmethod
     def open(
@@ -74,7 +75,8 @@ class FolderIndex:
             progress: told about embedding: (name, passages done, passages in all).
 
         Raises:
-            InputError: no such folder, no documents in it, an unreadable file, or no place to write the index.
+            InputError: no such folder, no documents in it, an unreadable file, or no place to write the
+                index.
         """
         faiss = _faiss()
         home = index_folder or folder / INDEX_FOLDER
@@ -103,17 +105,20 @@ class FolderIndex:
             raise InputError("retrieval needs a question, got an empty one")
         if top_k < 1:
             raise InputError(f"top_k must be >= 1, got {top_k}")
-        scores, rows = self._index.search(self._embedder.embed([query]), min(top_k, len(self.passages)))
+        scores, rows = self._index.search(self.embedder.embed([query]), min(top_k, len(self.passages)))
         found = ((float(score), self.passages[row]) for score, row in zip(scores[0], rows[0], strict=True))
         return [Document(p.text, id=p.id, score=score, metadata={"source": p.source}) for score, p in found]
 
 
 def split(source: str, text: str, words: int = PASSAGE_WORDS) -> Iterator[Passage]:
-    """Passages of about `words` words: paragraphs are joined until full; one that is longer is cut between words.
+    """Passages of at most `words` words: paragraphs are joined until full, longer ones cut between words.
 
-    The title line of a Markdown file opens each of its passages, because a passage without it may not name its subject.
+    The title line of a Markdown file opens each of its passages, because a passage without it may not name
+    its subject.
     """
-    paragraphs = [paragraph.strip() for paragraph in text.replace("\r\n", "\n").split("\n\n") if paragraph.strip()]
+    paragraphs = [
+        paragraph.strip() for paragraph in text.replace("\r\n", "\n").split("\n\n") if paragraph.strip()
+    ]
     title = ""
     if paragraphs and paragraphs[0].startswith("# ") and "\n" not in paragraphs[0] and len(paragraphs) > 1:
         title = paragraphs.pop(0).removeprefix("# ") + "\n"
@@ -147,9 +152,14 @@ def _filled(pieces: Sequence[str], words: int) -> Iterator[str]:
 
 def _text_files(folder: Path) -> list[Path]:
     if not folder.is_dir():
-        raise InputError(f"a folder with .md or .txt files was expected at {folder}, got {'a file' if folder.exists() else 'nothing'}")
+        raise InputError(
+            f"a folder with .md or .txt files was expected at {folder}, got "
+            f"{'a file' if folder.exists() else 'nothing'}"
+        )
     found = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
-    visible = [path for path in found if not any(part.startswith(".") for part in path.relative_to(folder).parts)]
+    visible = [
+        path for path in found if not any(part.startswith(".") for part in path.relative_to(folder).parts)
+    ]
     if not visible:
         raise InputError(f"{folder} must hold .md or .txt files, got none; check the path")
     return visible
@@ -163,7 +173,10 @@ def _manifest(texts: dict[str, str], embedder: str) -> dict[str, Any]:
 def _stored(faiss: Any, home: Path, rows_file: Path, manifest: dict[str, Any], rows: int) -> Any | None:
     """The index if manifest and rows are whole and of these files, else None."""
     try:
-        if json.loads((home / "manifest.json").read_text(encoding="utf-8")) != {**manifest, "rows": rows_file.name}:
+        if json.loads((home / "manifest.json").read_text(encoding="utf-8")) != {
+            **manifest,
+            "rows": rows_file.name,
+        }:
             return None
         index = faiss.read_index(str(rows_file))
     except (OSError, ValueError, RuntimeError):

@@ -16,7 +16,8 @@ from ctxcompress.config import Fusion
 from ctxcompress.errors import ConfigError, InputError
 from ctxcompress.types import Span
 
-# ---------------------------------------------------------------------------------------------------- documents (DAST)
+# ----------------------------------------------------------------------------------------------------
+# documents (DAST)
 
 
 def mean_nll(nll_T: Tensor, segments: Sequence[Span]) -> Tensor:
@@ -27,8 +28,10 @@ def mean_nll(nll_T: Tensor, segments: Sequence[Span]) -> Tensor:
     Args:
         nll_T: (T,) float, nats, >= 0.
         segments: half-open token ranges, none empty.
+
     Returns:
         (N,) float, nats per token.
+
     Example:
         >>> mean_nll(torch.tensor([1.0, 2.0, 6.0]), [(0, 2), (2, 3)]).tolist()
         [1.5, 6.0]
@@ -37,12 +40,14 @@ def mean_nll(nll_T: Tensor, segments: Sequence[Span]) -> Tensor:
 
 
 def attention_mass(mass_LHN: Tensor) -> Tensor:
-    """Global importance A of each document: its share of the attention paid to all documents, mean over heads.
+    """Global importance A of each document: its share of the attention that all documents receive.
 
-    DAST eq. 4 with the index range mended (each document's own tokens) and the mass outside documents left out.
+    DAST eq. 4 with the index range mended (each document's own tokens) and the mass outside documents left
+    out.
 
     Args:
         mass_LHN: (L, H, N) float, >= 0; softmax attention summed over each document's tokens.
+
     Returns:
         (N,) float; sums to 1; uniform if no attention reached any document.
     """
@@ -64,10 +69,13 @@ def importance(
         alpha: weight of attention, in [0, 1].
         ppl_sign: -1 favours predictable documents, +1 surprising ones.
         nll_scale: "sum" divides P by its sum as printed; "mean" by its mean ("scaled by N" in the text).
+
     Returns:
         (N,) float.
+
     Raises:
         ConfigError: another `nll_scale`.
+
     Example:
         >>> importance(torch.tensor([0.75, 0.25]), torch.tensor([1.0, 3.0])).tolist()
         [0.25, -0.25]
@@ -82,46 +90,55 @@ def importance(
 def shares(scores_N: Tensor, temperature: float = 1.0) -> Tensor:
     """Softmax over documents: what part of the budget each deserves.
 
-    DAST eq. 5. At temperature 1 the printed scores differ so little that every document ends up with the same size;
-    1/N is the least change that lets them differ.
+    DAST eq. 5. At temperature 1 the printed scores differ so little that every document ends up with the same
+    size; 1/N is the least change that lets them differ.
 
     Args:
         scores_N: (N,) float, finite.
         temperature: > 0; lower is sharper.
+
     Returns:
         (N,) float64; sums to 1.
+
     Raises:
         InputError: a score is NaN or infinite.
+
     Example:
         >>> shares(torch.tensor([0.0, 0.0])).tolist()
         [0.5, 0.5]
     """
     if not torch.isfinite(scores_N).all():
-        raise InputError(f"scores must be finite, got {scores_N.tolist()}; the model's attention may hold NaN")
+        raise InputError(
+            f"scores must be finite, got {scores_N.tolist()}; the model's attention may hold NaN"
+        )
     return (scores_N.double() / temperature).softmax(dim=0)
 
 
-def attention_evidence(question_LHN: Tensor, baseline_LHN: Tensor, heads: Sequence[tuple[int, int]]) -> Tensor:
-    """How much more the question looks at each document than a question without content does.
+def attention_evidence(
+    question_LHN: Tensor, baseline_LHN: Tensor, heads: Sequence[tuple[int, int]]
+) -> Tensor:
+    """How much more of the attention each document gets from the question than from one without content.
 
-    Ours: (mass under the question - mass under "N/A") / mass under the question on all documents, mean over `heads`.
-    The baseline removes what position and attention sinks draw whatever is asked.
+    Eq. 4 at the chosen heads under the question, minus the same under "N/A" (ours). The baseline is what
+    position and attention sinks draw whatever is asked; it drowns the printed signal.
 
     Args:
-        question_LHN: (L, H, N) float; mass under the question.
-        baseline_LHN: (L, H, N) float; mass under the content-free question.
+        question_LHN: (L, H, N) float, >= 0; mass under the question.
+        baseline_LHN: (L, H, N) float, >= 0; mass under the content-free question.
         heads: (layer, head) pairs to read.
+
     Returns:
-        (N,) float in [-inf, 1]; 0 means no more than expected.
+        (N,) float in [-1, 1]; sums to 0; 0 means no more than expected.
     """
     layers, numbers = zip(*heads, strict=True)
-    question_KN, baseline_KN = question_LHN[layers, numbers], baseline_LHN[layers, numbers]
-    total_K1 = question_KN.sum(dim=-1, keepdim=True).clamp(min=1e-6)
-    return ((question_KN - baseline_KN) / total_K1).mean(dim=0)
+    question_1KN, baseline_1KN = question_LHN[None, layers, numbers], baseline_LHN[None, layers, numbers]
+    return attention_mass(question_1KN) - attention_mass(baseline_1KN)
 
 
 def standardised(values_N: Tensor) -> Tensor:
-    """Values in standard deviations from their mean, so that any retriever's scores are comparable; zeros if all equal.
+    """Values in standard deviations from their mean: any retriever's scores become comparable.
+
+    All equal gives zeros.
 
     Example:
         >>> standardised(torch.tensor([1.0, 3.0])).tolist()
@@ -133,7 +150,8 @@ def standardised(values_N: Tensor) -> Tensor:
     return (values_N - values_N.mean()) / deviation if deviation > 1e-12 else torch.zeros_like(values_N)
 
 
-# -------------------------------------------------------------------------------------------------------- tokens (DAC)
+# --------------------------------------------------------------------------------------------------------
+# tokens (DAC)
 
 
 def minmax(values_T: Tensor) -> Tensor:
@@ -159,6 +177,7 @@ def fused(nll_T: Tensor, attention_T: Tensor, *, alpha: float = 0.8, fusion: Fus
         attention_T: (T,) float, >= 0; s.
         alpha: weight of attention, in [0, 1]; additive only.
         fusion: "additive" or "multiplicative".
+
     Returns:
         (T,) float.
     """

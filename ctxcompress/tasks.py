@@ -1,6 +1,7 @@
 """Question-answering tasks on disk: one JSON object a line, plain or xz-compressed.
 
-Schema: `{"id", "question", "answers": [...], "documents": [{"title", "text", "is_gold"}]}`; other keys are ignored.
+Schema: `{"id", "question", "answers": [...], "documents": [{"title", "text", "is_gold"}]}`; other keys are
+    ignored.
 """
 
 from __future__ import annotations
@@ -41,9 +42,13 @@ def read_task(path: Path, *, limit: int | None = None, offset: int = 0) -> list[
         raise InputError(f"limit must be >= 1 and offset >= 0, got {limit} and {offset}")
     stop = None if limit is None else offset + limit
     lines = [line for line in _content(path).splitlines() if line.strip()]
-    questions = [_question(line, number, path) for number, line in enumerate(lines[offset:stop], start=offset + 1)]
+    questions = [
+        _question(line, number, path) for number, line in enumerate(lines[offset:stop], start=offset + 1)
+    ]
     if not questions:
-        raise InputError(f"{path} has {len(lines)} questions, got offset {offset}, which leaves none; lower the offset")
+        raise InputError(
+            f"{path} has {len(lines)} questions, got offset {offset}, which leaves none; lower the offset"
+        )
     return questions
 
 
@@ -68,8 +73,8 @@ def _question(line: str, number: int, path: Path) -> Question:
         )
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(
-            f"line {number} of {path} must be an object with id, question, answers and documents (title, text, is_gold), "
-            f"got {line[:80]!r}: {type(error).__name__} {error}"
+            f"line {number} of {path} must be an object with id, question, answers and documents (title, "
+            f"text, is_gold), got {line[:80]!r}: {type(error).__name__} {error}"
         ) from error
 
 

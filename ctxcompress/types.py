@@ -1,4 +1,4 @@
-"""What travels between the stages: frozen values that keep ids, metadata, order, scores and character spans."""
+"""What travels between the stages: frozen values that keep ids, metadata, scores and character spans."""
 
 from __future__ import annotations
 
@@ -36,8 +36,9 @@ class CompressedDocument:
     """A document after compression; `text` is exactly the join of `kept_spans` of `original`.
 
     `score` is the retriever's and is passed through. `share` is the allocator's view of this document's worth
-    (the shares of a call sum to 1) and `rank` its place by share, 1 = worth most; both are None when everything fitted
-    the budget and nothing had to be weighed. Token counts are those of the model's tokenizer on the text itself.
+    (the shares of a call sum to 1) and `rank` its place by share, 1 = worth most; both are None when
+    everything fitted the budget and nothing had to be weighed. Token counts are those of the model's
+    tokenizer on the text itself.
     """
 
     id: str
@@ -165,13 +166,19 @@ def _as_document(document: Document | str | Mapping[str, Any], place: int) -> Do
         unknown = sorted(set(document) - known)
         if unknown or "text" not in document:
             raise InputError(
-                f"document {place} must have the key 'text' and may have {sorted(known - {'text'})}, got keys "
-                f"{sorted(document)}; put other values under 'metadata'"
+                f"document {place} must have the key 'text' and may have {sorted(known - {'text'})}, got "
+                f"keys {sorted(document)}; put other values under 'metadata'"
             )
         document = Document(**document)
     if not isinstance(document, Document) or not isinstance(document.text, str):
-        got = type(document.text).__name__ + " text" if isinstance(document, Document) else type(document).__name__
-        raise InputError(f"document {place} must be a Document, a string or a mapping with string text, got {got}")
+        got = (
+            type(document.text).__name__ + " text"
+            if isinstance(document, Document)
+            else type(document).__name__
+        )
+        raise InputError(
+            f"document {place} must be a Document, a string or a mapping with string text, got {got}"
+        )
     if document.score is not None and document.score != document.score:
         raise InputError(f"document {place} has the score NaN; pass a number, or None when there is no score")
     return document if document.id else dataclasses.replace(document, id=str(place))
@@ -182,8 +189,8 @@ def _refuse_duplicate_ids(documents: Sequence[Document]) -> None:
     for place, document in enumerate(documents):
         if document.id in places:
             raise InputError(
-                f"document ids must be unique, got {document.id!r} at positions {places[document.id]} and {place}; "
-                "rename one, or leave ids empty to number documents by position"
+                f"document ids must be unique, got {document.id!r} at positions {places[document.id]} and "
+                f"{place}; rename one, or leave ids empty to number documents by position"
             )
         places[document.id] = place
 
@@ -193,8 +200,8 @@ def _html_table(result: CompressionResult) -> str:
     rows = "".join(_html_row(document, longest) for document in result.documents)
     ratio = f"{result.compression_ratio:.1f}x" if result.compression_ratio else "nothing left"
     caption = (
-        f"{result.tokens_before:,} tokens &rarr; {result.tokens_after:,} ({ratio}), budget {result.budget:,}, "
-        f"{html.escape(result.mode)}:{html.escape(result.allocator)}"
+        f"{result.tokens_before:,} tokens &rarr; {result.tokens_after:,} ({ratio}), budget "
+        f"{result.budget:,}, {html.escape(result.mode)}:{html.escape(result.allocator)}"
     )
     head = "".join(f"<th>{name}</th>" for name in ("document", "kept of original", "tokens", "share", "rank"))
     return f"<table><caption>{caption}</caption><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>"

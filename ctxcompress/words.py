@@ -1,7 +1,8 @@
-"""Where a text may be cut: tokens -> units that are whole words or whole characters, and kept units -> text again.
+"""Where a text may be cut: tokens -> units of whole words or characters; kept units -> text again.
 
-Unit borders follow Unicode's default word borders (UAX 29), so combining marks, emoji sequences and right-to-left words
-stay whole, and scripts without spaces are cut between characters. White space belongs to the word after it.
+Unit borders follow Unicode's default word borders (UAX 29), so combining marks, emoji sequences and
+right-to-left words stay whole, and scripts without spaces are cut between characters. White space belongs to
+the word after it.
 """
 
 from __future__ import annotations
@@ -14,7 +15,9 @@ from torch import Tensor
 
 from ctxcompress.types import Span
 
-MAX_UNIT_TOKENS = 16  # a longer "word" (a hash, base64) is cut between its tokens: keeping or losing it whole helps nobody
+MAX_UNIT_TOKENS = (
+    16  # a longer "word" (a hash, base64) is cut between its tokens: keeping or losing it whole helps nobody
+)
 _BORDERS = regex.compile(r"\b", flags=regex.WORD | regex.VERSION1)
 
 
@@ -24,8 +27,10 @@ def word_units(text: str, spans: Sequence[Span]) -> Tensor:
     Args:
         text: the source.
         spans: character range of each token, in order, covering the text.
+
     Returns:
         (T,) int64; starts at 0 and rises by 0 or 1.
+
     Example:
         >>> word_units("an apple", [(0, 2), (2, 5), (5, 8)]).tolist()  # an| app|le
         [0, 1, 1]
@@ -41,7 +46,7 @@ def word_units(text: str, spans: Sequence[Span]) -> Tensor:
     crowded_T = torch.bincount(units_T, minlength=1)[units_T] > MAX_UNIT_TOKENS if len(starts) else units_T
     if crowded_T.any():
         whole = character_units(spans)
-        first_of_character = [True] + (whole[1:] != whole[:-1]).tolist()
+        first_of_character = [True, *(whole[1:] != whole[:-1]).tolist()]
         pairs = zip(starts, crowded_T.tolist(), first_of_character, strict=True)
         units_T = _numbered([start or (crowded and first) for start, crowded, first in pairs])
     return units_T
@@ -77,8 +82,8 @@ def tokens_within(spans: Sequence[Span], protected: Iterable[Span]) -> Tensor:
 def joined(text: str, kept: Sequence[Span]) -> tuple[str, tuple[Span, ...]]:
     """Text of the kept character ranges, and those ranges merged; the text is exactly their join.
 
-    Where two words would run together ("state-of" without its hyphen), one separating character that stood between them
-    in the source is kept as well.
+    Where two words would run together ("state-of" without its hyphen), one separating character that stood
+    between them in the source is kept as well.
 
     Args:
         text: the source.
@@ -97,7 +102,7 @@ def joined(text: str, kept: Sequence[Span]) -> tuple[str, tuple[Span, ...]]:
 
 
 def _separator(text: str, end: int, start: int) -> list[Span]:
-    """The character of the gap that keeps the words on its sides apart, if they would run together without it."""
+    """The character of the gap that keeps its neighbours apart, if they would run together without it."""
     before, after = text[end - 1], text[start]
     if _parted(before, after):
         return []
@@ -111,7 +116,11 @@ def _separator(text: str, end: int, start: int) -> list[Span]:
 
 def _parted(left: str, right: str) -> bool:
     """Whether a word may end between two characters that stand side by side."""
-    return left.isspace() or right.isspace() or any(border.start() == 1 for border in _BORDERS.finditer(left + right))
+    return (
+        left.isspace()
+        or right.isspace()
+        or any(border.start() == 1 for border in _BORDERS.finditer(left + right))
+    )
 
 
 def _merged_neighbours(spans: Sequence[Span]) -> tuple[Span, ...]:

@@ -47,7 +47,9 @@ def f1(prediction: str, answers: Sequence[str]) -> float:
         >>> f1("in March 1974", ["March 1974"])  # precision 2/3, recall 1
         0.8
     """
-    return max((_f1(normalised(prediction).split(), normalised(answer).split()) for answer in answers), default=0.0)
+    return max(
+        (_f1(normalised(prediction).split(), normalised(answer).split()) for answer in answers), default=0.0
+    )
 
 
 def _f1(said: Sequence[str], wanted: Sequence[str]) -> float:

@@ -1,6 +1,7 @@
 """Questions x rows -> answers -> figures. A run is a folder that explains itself and can be taken up again.
 
-`config.json` says what made the run, `records.jsonl` has one line per question and row, `results.json` the figures.
+`config.json` says what made the run, `records.jsonl` has one line per question and row, `results.json` the
+figures.
 """
 
 from __future__ import annotations
@@ -63,7 +64,9 @@ class EvaluationConfig:
 
     def __post_init__(self) -> None:
         if not self.rows:
-            raise ConfigError("rows must name at least one row, got none; for example: none,full,text:uniform,text:dast")
+            raise ConfigError(
+                "rows must name at least one row, got none; for example: none,full,text:uniform,text:dast"
+            )
         for row in self.rows:
             if row not in PLAIN_ROWS:
                 mode, _, allocator = row.partition(":")
@@ -86,7 +89,7 @@ def evaluate(
     folder: Path,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
-    """Answer every question under every row and write the figures; what an earlier run finished is not done again.
+    """Answer every question under every row and write the figures; finished work is not done again.
 
     Args:
         compressor: compresses and answers.
@@ -94,8 +97,10 @@ def evaluate(
         config: describes the run.
         folder: of the run; made if missing.
         progress: told after every answer.
+
     Returns:
         `config` and `rows`, as in `results.json`.
+
     Raises:
         InputError: the folder holds a run of another configuration, or two questions have one id.
     """
@@ -115,7 +120,10 @@ def evaluate(
                 if progress is not None:
                     progress("answering", len(done), total)
     wanted = {question.id for question in questions}
-    by_row = {row: [record for (name, of), record in done.items() if of == row and name in wanted] for row in config.rows}
+    by_row = {
+        row: [record for (name, of), record in done.items() if of == row and name in wanted]
+        for row in config.rows
+    }
     results = {"config": dataclasses.asdict(config), "rows": _figures(by_row, config)}
     write_atomically(folder / "results.json", json.dumps(results, indent=1, ensure_ascii=False).encode())
     return results
@@ -126,7 +134,9 @@ def _resumed(folder: Path, config: EvaluationConfig) -> dict[tuple[str, str], Re
     described = json.dumps(dataclasses.asdict(config), indent=1, sort_keys=True)
     config_file, records_file = folder / "config.json", folder / "records.jsonl"
     if config_file.exists() and config_file.read_text(encoding="utf-8") != described:
-        raise InputError(f"{folder} holds a run of another configuration; choose another --output or remove it")
+        raise InputError(
+            f"{folder} holds a run of another configuration; choose another --output or remove it"
+        )
     if not config_file.exists():
         write_atomically(config_file, described.encode())
     lines = records_file.read_bytes().split(b"\n")[:-1] if records_file.exists() else []
@@ -138,7 +148,9 @@ def _resumed(folder: Path, config: EvaluationConfig) -> dict[tuple[str, str], Re
 
 def _with_scores(compressor: ContextCompressor, question: Question) -> tuple[Document, ...]:
     """The documents with the embedder's similarity as the score a retriever would have returned."""
-    similarities = compressor.embedder.similarities(question.question, [document.text for document in question.documents])
+    similarities = compressor.embedder.similarities(
+        question.question, [document.text for document in question.documents]
+    )
     return tuple(
         dataclasses.replace(document, score=score)
         for document, score in zip(question.documents, similarities, strict=True)
@@ -146,7 +158,11 @@ def _with_scores(compressor: ContextCompressor, question: Question) -> tuple[Doc
 
 
 def _record(
-    compressor: ContextCompressor, question: Question, documents: Sequence[Document], row: str, config: EvaluationConfig
+    compressor: ContextCompressor,
+    question: Question,
+    documents: Sequence[Document],
+    row: str,
+    config: EvaluationConfig,
 ) -> Record:
     started = time.perf_counter()
     if row in PLAIN_ROWS:
@@ -188,7 +204,9 @@ def _record(
     }
 
 
-def _plain_account(backbone: Backbone, documents: Sequence[Document], gold: Sequence[bool], row: str) -> Record:
+def _plain_account(
+    backbone: Backbone, documents: Sequence[Document], gold: Sequence[bool], row: str
+) -> Record:
     tokens = [backbone.count(document.text) for document in documents]
     kept = tokens if row == "full" else [0] * len(tokens)
     return {
@@ -200,7 +218,7 @@ def _plain_account(backbone: Backbone, documents: Sequence[Document], gold: Sequ
 
 
 def _within(backbone: Backbone, texts: list[str], room: int) -> tuple[list[str], bool]:
-    """The texts, or their beginning and end when together they exceed the model's window (LongBench's protocol)."""
+    """The texts, or beginning and end of their whole when it exceeds the window (LongBench's protocol)."""
     encoding = backbone.encode("\n\n".join(texts))
     if len(encoding.ids) <= room:
         return texts, False
@@ -216,7 +234,9 @@ def _figures(by_row: dict[str, list[Record]], config: EvaluationConfig) -> list[
     for row, records in by_row.items():
         measured = accuracy[row]
         spread = None if none is None or full is None else full - none
-        before, after = (sum(record[name] for record in records) for name in ("tokens_before", "tokens_after"))
+        before, after = (
+            sum(record[name] for record in records) for name in ("tokens_before", "tokens_after")
+        )
         first = [record["gold_first"] for record in records if record["gold_first"] is not None]
         compressed = row not in PLAIN_ROWS
         figures.append(
@@ -224,7 +244,9 @@ def _figures(by_row: dict[str, list[Record]], config: EvaluationConfig) -> list[
                 "row": row,
                 "n": len(records),
                 "accuracy": measured,
-                "accuracy_ci": list(bootstrap_interval([record["accuracy"] for record in records], config.seed)),
+                "accuracy_ci": list(
+                    bootstrap_interval([record["accuracy"] for record in records], config.seed)
+                ),
                 "em": _mean(records, "em"),
                 "f1": _mean(records, "f1"),
                 "normalised": (measured - (none or 0.0)) / spread if spread else None,

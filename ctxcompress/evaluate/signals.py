@@ -18,7 +18,7 @@ from ctxcompress.tasks import Question
 def observe(
     compressor: ContextCompressor, questions: Sequence[Question], progress: Progress | None = None
 ) -> Iterator[Observation]:
-    """Signals of each question that has both gold and other documents; the rest teach nothing and are left out."""
+    """Signals of each question that has gold and other documents; the rest teach nothing and are left out."""
     dast, embedder = DAST(compressor.backbone), compressor.embedder
     for number, question in enumerate(questions):
         if progress is not None:
@@ -29,9 +29,13 @@ def observe(
         progress("reading questions", len(questions), len(questions))
 
 
-def _observation(compressor: ContextCompressor, dast: DAST, embedder: Embedder, question: Question) -> Observation:
+def _observation(
+    compressor: ContextCompressor, dast: DAST, embedder: Embedder, question: Question
+) -> Observation:
     texts = [document.text for document in question.documents]
-    question_LHN, baseline_LHN = dast.masses([compressor.backbone.encode(text).ids for text in texts], question.question)
+    question_LHN, baseline_LHN = dast.masses(
+        [compressor.backbone.encode(text).ids for text in texts], question.question
+    )
     return Observation(
         question_LHN=question_LHN,
         baseline_LHN=baseline_LHN,

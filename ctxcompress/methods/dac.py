@@ -1,7 +1,8 @@
-"""DAC (arXiv 2507.11942): prune text by entropy and accumulated attention, in stages, no two neighbours at once.
+"""DAC (arXiv 2507.11942): prune text by entropy and accumulated attention, in stages.
 
-Text -> tokens -> units -> [signals of what is left -> drop the least worth] x D -> the kept character ranges -> text.
-Where we leave the paper: whole words instead of tokens, several texts in one forward pass, exact budgets, any length.
+Text -> tokens -> units -> [signals of what is left -> drop the least worth] x D -> the kept character ranges
+-> text. Where we leave the paper: whole words instead of tokens, several texts in one forward pass, exact
+budgets, any length.
 """
 
 from __future__ import annotations
@@ -48,7 +49,9 @@ class DAC:
 
     def protected_spans(self, text: str, spans: Sequence[Span] = ()) -> tuple[Span, ...]:
         """Character ranges to keep: the caller's, and what the configured patterns match."""
-        found = (match.span() for pattern in self._config.keep_patterns for match in regex.finditer(pattern, text))
+        found = (
+            match.span() for pattern in self._config.keep_patterns for match in regex.finditer(pattern, text)
+        )
         return (*spans, *(span for span in found if span[0] < span[1]))
 
     def protected_tokens(self, text: str, spans: Sequence[Span] = ()) -> int:
@@ -59,7 +62,11 @@ class DAC:
         encoding = self._backbone.encode(text)
         units_T = self._units(text, encoding)
         touched = units_T[tokens_within(encoding.spans, spans)].unique()
-        kept = [span for span, unit in zip(encoding.spans, units_T.tolist(), strict=True) if unit in set(touched.tolist())]
+        kept = [
+            span
+            for span, unit in zip(encoding.spans, units_T.tolist(), strict=True)
+            if unit in set(touched.tolist())
+        ]
         return self._backbone.count(joined(text, kept)[0])
 
     def prune(
@@ -78,6 +85,7 @@ class DAC:
                 no-consecutive rule may leave more.
             protected: per text, character ranges that go last, after digits and everything else.
             progress: told after every stage.
+
         Returns:
             One result per text, in order.
         """
@@ -85,7 +93,11 @@ class DAC:
             _Job(text, self._backbone.encode(text), budget, self.protected_spans(text, spans))
             for text, budget, spans in zip(texts, budgets, protected or [()] * len(texts), strict=True)
         ]
-        prunings = {number: self._pruning(job) for number, job in enumerate(jobs) if len(job.encoding.ids) > job.budget}
+        prunings = {
+            number: self._pruning(job)
+            for number, job in enumerate(jobs)
+            if len(job.encoding.ids) > job.budget
+        }
         self._run({number: jobs[number] for number in prunings}, prunings, progress)
         return [self._finish(job, prunings.get(number)) for number, job in enumerate(jobs)]
 
@@ -93,21 +105,31 @@ class DAC:
         tokens = len(job.encoding.ids)
         tier_T = torch.full((tokens,), FREE)
         if self._config.keep_digits:
-            tier_T[tokens_within(job.encoding.spans, (match.span() for match in _DIGITS.finditer(job.text)))] = PREFERRED
+            tier_T[
+                tokens_within(job.encoding.spans, (match.span() for match in _DIGITS.finditer(job.text)))
+            ] = PREFERRED
         tier_T[tokens_within(job.encoding.spans, job.protected)] = PROTECTED
         kept_fraction = max(job.budget - 1, 0) / max(tokens - 1, 1)
         return Pruning(self._units(job.text, job.encoding), kept_fraction, self._config, tier_T)
 
     def _units(self, text: str, encoding: Encoding) -> Tensor:
-        return word_units(text, encoding.spans) if self._config.unit == "word" else character_units(encoding.spans)
+        return (
+            word_units(text, encoding.spans)
+            if self._config.unit == "word"
+            else character_units(encoding.spans)
+        )
 
     def _run(self, jobs: dict[int, _Job], prunings: dict[int, Pruning], progress: Progress | None) -> None:
         """All stages of all texts; stage j of every text is one batch of forward passes."""
         stages = 0
         # With room for a single token only the first unit or nothing can stay, whatever the model says.
-        while running := [number for number in prunings if jobs[number].budget > 1 and not prunings[number].done]:
+        while running := [
+            number for number in prunings if jobs[number].budget > 1 and not prunings[number].done
+        ]:
             ids = {number: jobs[number].encoding.ids for number in running}
-            alive = [[ids[number][token] for token in prunings[number].alive_A.tolist()] for number in running]
+            alive = [
+                [ids[number][token] for token in prunings[number].alive_A.tolist()] for number in running
+            ]
             for number, signals in zip(running, self._backbone.token_signals(alive), strict=True):
                 prunings[number].step(signals.nll_T, signals.attention_T)
             stages += 1
@@ -134,7 +156,7 @@ class DAC:
         return Pruned(text, spans, self._backbone.count(text))
 
     def _opening(self, job: _Job) -> Pruned:
-        """The longest beginning within the budget: when not even one word fits, a part of it beats nothing."""
+        """The longest beginning within the budget: if not even one word fits, a part beats nothing."""
         for tokens in range(job.budget, 0, -1):
             text, spans = joined(job.text, job.encoding.spans[:tokens])
             count = self._backbone.count(text)

@@ -1,9 +1,10 @@
 """DAST (arXiv 2502.11493): what each document is worth for a query, from global attention and local NLL.
 
-One pass over all documents, then a few tokens of question on top: [mass per document, NLL per document] -> scores ->
-shares. Where we leave the paper: the printed signal (last token, all heads, temperature 1) ranks documents no better
-than chance on small models and gives all of them the same budget; "repaired" mode reads every question token at the
-retrieval heads, against what a content-free question draws, and adds the retriever's own evidence.
+One pass over all documents, then a few tokens of question on top: [mass per document, NLL per document] ->
+scores -> shares. Where we leave the paper: the printed signal (last token, all heads, temperature 1) ranks
+documents no better than chance on small models and gives all of them the same budget; "repaired" mode reads
+every question token at the retrieval heads, against what a content-free question draws, and adds the
+retriever's own evidence.
 """
 
 from __future__ import annotations
@@ -44,7 +45,8 @@ class DAST:
     Args:
         backbone: reads the documents and the question.
         config: the method's settings.
-        calibration: retrieval heads and weights for "repaired" mode; None takes the shipped ones or the middle third.
+        calibration: retrieval heads and weights for "repaired" mode; None takes the shipped ones or the
+            middle third.
     """
 
     def __init__(
@@ -53,8 +55,11 @@ class DAST:
         self._backbone = backbone
         self._config = config or DASTConfig()
         self.calibration = calibration or Calibration.for_model(backbone.name, *backbone.layers_heads)
+        self.calibration.check(*backbone.layers_heads)
 
-    def worth(self, documents: Sequence[Sequence[int]], query: str, retrieved: Sequence[float | None]) -> Worth:
+    def worth(
+        self, documents: Sequence[Sequence[int]], query: str, retrieved: Sequence[float | None]
+    ) -> Worth:
         """Shares of the documents.
 
         Args:
@@ -65,18 +70,29 @@ class DAST:
         if self._config.mode == "repaired":
             return self._repaired(documents, query, retrieved)
         reading = self._backbone.read_queries(
-            self._separated(documents), [self._question(query)], prefix=self._ids(PREFIX), last_token=True, with_nll=True
+            self._separated(documents),
+            [self._question(query)],
+            prefix=self._ids(PREFIX),
+            last_token=True,
+            with_nll=True,
         )
         if reading.nll_N is None:
             raise RuntimeError("the pass was asked for the NLL and returned none")
         scores_N = importance(
-            attention_mass(reading.mass_QLHN[0]), reading.nll_N, alpha=self._config.alpha, ppl_sign=self._config.ppl_sign
+            attention_mass(reading.mass_QLHN[0]),
+            reading.nll_N,
+            alpha=self._config.alpha,
+            ppl_sign=self._config.ppl_sign,
         )
         default = 1.0 if self._config.mode == "paper" else 1 / len(documents)
         return Worth(shares(scores_N, self._config.temperature or default))
 
-    def _repaired(self, documents: Sequence[Sequence[int]], query: str, retrieved: Sequence[float | None]) -> Worth:
-        question_LHN, baseline_LHN = self.masses(documents, query, layers=1 + max(layer for layer, _ in self.calibration.heads))
+    def _repaired(
+        self, documents: Sequence[Sequence[int]], query: str, retrieved: Sequence[float | None]
+    ) -> Worth:
+        question_LHN, baseline_LHN = self.masses(
+            documents, query, layers=1 + max(layer for layer, _ in self.calibration.heads)
+        )
         evidence_N = attention_evidence(question_LHN, baseline_LHN, self.calibration.heads)
         scores = [score for score in retrieved if score is not None]
         use_prior = self._config.prior == "retriever" and len(scores) == len(documents)
@@ -90,7 +106,7 @@ class DAST:
     def masses(
         self, documents: Sequence[Sequence[int]], query: str, *, layers: int | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Attention mass (L, H, N) of the question's tokens, and of a content-free question's, on every document."""
+        """Attention mass (L, H, N) on each document: of the question's tokens, of a content-free one's."""
         reading = self._backbone.read_queries(
             self._separated(documents),
             [self._question(query), self._question(CONTENT_FREE)],
