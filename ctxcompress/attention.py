@@ -69,8 +69,8 @@ class ColumnSums:
             stop = min(start + QUERY_BLOCK, length)
             weights_BHQT = _causal_weights(query_BHQD[:, :, start:stop], key_BHTD[:, :, :stop], scaling)
             output_BHQD[:, :, start:stop] = weights_BHQT.to(value_BHTD.dtype) @ value_BHTD[:, :, :stop]
-            counted_B1Q1 = counted_BQ[:, None, start:stop, None]
-            self._total_BT[:, :stop] += weights_BHQT.mul_(counted_B1Q1).sum(dim=(1, 2))
+            counted_B11Q = counted_BQ[:, None, None, start:stop].float()
+            self._total_BT[:, :stop] += (counted_B11Q @ weights_BHQT).sum(dim=(1, 2))
         self._layers_heads += heads
         return output_BHQD
 

@@ -55,36 +55,35 @@ def largest_remainder(
             "raise it or pass fewer documents"
         )
     budget = min(budget, int(high_N.sum()))
-    return _rounded(_filled(shares_N, budget, low_N, high_N), budget, high_N)
+    return _rounded(_filled(shares_N, budget, low_N, high_N), shares_N, budget, high_N)
 
 
 def _filled(shares_N: Tensor, budget: int, low_N: Tensor, high_N: Tensor) -> Tensor:
     """Water filling: clamp(level * share, low, high) at the level where the amounts sum to `budget`."""
-    if budget == 0:
-        return low_N.double()
-    if shares_N.sum() == 0:
-        shares_N = torch.ones_like(shares_N)
-    # A share of nothing still receives what all others together cannot hold.
-    shares_N = shares_N / shares_N.max() + 1e-9
-    below, above = 0.0, float(high_N.max()) / float(shares_N.min()) + 1.0
-    for _ in range(200):
-        level = (below + above) / 2
-        if torch.clamp(level * shares_N, low_N, high_N).sum() < budget:
-            below = level
-        else:
-            above = level
-    return torch.clamp(above * shares_N, low_N, high_N)
+    amounts_N = low_N.double()
+    free_N = low_N < high_N
+    while free_N.any():
+        left = budget - amounts_N[~free_N].sum()
+        # Documents worth nothing share equally what all others together cannot hold.
+        weights_N = shares_N if shares_N[free_N].sum() > 0 else torch.ones_like(shares_N)
+        wanted_N = torch.where(free_N, left * (weights_N / weights_N[free_N].sum()), amounts_N)
+        amounts_N = torch.clamp(wanted_N, low_N, high_N)
+        excess_N = wanted_N - amounts_N
+        if not (free_N & (excess_N != 0)).any():
+            break
+        # Whoever hits the bound that is violated more stays there, the others share what is left.
+        free_N &= ~(excess_N > 0) if excess_N.sum() >= 0 else ~(excess_N < 0)
+    return amounts_N
 
 
-def _rounded(amounts_N: Tensor, budget: int, high_N: Tensor) -> Tensor:
+def _rounded(amounts_N: Tensor, shares_N: Tensor, budget: int, high_N: Tensor) -> Tensor:
     """Floor, then one more for the largest remainders until the sum is `budget`."""
-    # Bisection leaves an amount a hair beside a whole number; without the nudge its floor would be one too
-    # low.
-    counts_N = torch.minimum((amounts_N + 1e-6).floor().long(), high_N)
-    remainder_N = torch.where(counts_N < high_N, amounts_N - counts_N, -torch.inf)
-    missing = budget - int(counts_N.sum())
-    if missing >= 0:
-        counts_N[remainder_N.sort(descending=True, stable=True).indices[:missing]] += 1
+    # The nudges keep an amount a hair below a whole number, or below its equal, from being taken for less.
+    counts_N = torch.minimum((amounts_N + 1e-9).floor().long(), high_N)
+    remainder_N = torch.where(counts_N < high_N, (amounts_N - counts_N).round(decimals=9), -torch.inf)
+    order = shares_N.sort(descending=True, stable=True).indices
+    order = order[remainder_N[order].sort(descending=True, stable=True).indices]
+    counts_N[order[: budget - int(counts_N.sum())]] += 1
     return counts_N
 
 

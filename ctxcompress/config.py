@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import re
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
+
+import regex
 
 from ctxcompress.errors import ConfigError
 
@@ -94,8 +95,8 @@ class DACConfig:
             raise ConfigError(f"stages must be >= 1, got {self.stages}; leave it None for one per 100 tokens")
         for pattern in self.keep_patterns:
             try:
-                re.compile(pattern)
-            except re.error as error:
+                regex.compile(pattern)
+            except regex.error as error:
                 raise ConfigError(
                     f"keep_patterns must be regular expressions, got {pattern!r}: {error}"
                 ) from error

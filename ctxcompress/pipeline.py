@@ -24,7 +24,15 @@ from ctxcompress.errors import ConfigError, InputError
 from ctxcompress.methods.dac import DAC, Progress, Pruned
 from ctxcompress.methods.dast import DAST, Worth
 from ctxcompress.prompt import question_prompt
-from ctxcompress.types import Answer, CompressedDocument, CompressionResult, Document, Span, as_documents
+from ctxcompress.types import (
+    Answer,
+    CompressedDocument,
+    CompressionResult,
+    Document,
+    Order,
+    Span,
+    as_documents,
+)
 
 LEAST_TOKENS = 4  # what a document keeps at least if the budget allows: enough for a name
 
@@ -168,15 +176,22 @@ class ContextCompressor:
         """`compress` in a worker thread, so that an event loop goes on; same arguments."""
         return await asyncio.to_thread(self.compress, documents, query, **settings)
 
-    def answer(self, result: CompressionResult, *, max_new_tokens: int = 64) -> Answer:
+    def answer(
+        self, result: CompressionResult, *, max_new_tokens: int = 64, order: Order = "share"
+    ) -> Answer:
         """Answer the result's query from its compressed documents with the compressor's own model.
+
+        Args:
+            result: of `compress`, with a query.
+            max_new_tokens: longest answer.
+            order: of the documents in the prompt, see `CompressionResult.texts`.
 
         Raises:
             InputError: the result has no query, or its documents do not fit the model's window.
         """
         query = _query(result.query, "answer")
         started = time.perf_counter()
-        prompt = question_prompt(self.backbone, query, [document.text for document in result.documents])
+        prompt = question_prompt(self.backbone, query, result.texts(order))
         completion = LocalDecoder(self.backbone).generate(prompt, max_new_tokens=max_new_tokens)
         seconds = {**result.seconds, "decode": time.perf_counter() - started}
         return Answer(

@@ -17,9 +17,8 @@ from ctxcompress.config import DACConfig
 from ctxcompress.scores import fused, per_visible_query
 
 FREE, PREFERRED, FIRST, PROTECTED = range(4)
-"""Tiers, in the order in which a budget takes them: what stages may remove; what goes when nothing free is
-left;
-the first unit; what goes last of all."""
+"""Tiers in the order in which a budget takes them: what stages may remove, what goes when nothing free is
+left, the first unit, and what goes last of all."""
 
 
 def stage_count(tokens: int) -> int:

@@ -193,7 +193,7 @@ def filled(shares: Vector, budget: int, low: Sequence[int], high: Sequence[int])
     bends = {bound / share for share, *both in glasses if share > 0 for bound in both}
     for below, above in pairwise(sorted({0.0, *bends})):
         before, after = (sum(poured(shares, level, low, high)) for level in (below, above))
-        if before < budget <= after:
+        if before < budget <= after + 1e-9:  # the last may miss by a bit of a float
             level = below + (above - below) * (budget - before) / (after - before)
             return poured(shares, level, low, high)
     return poured(shares, 0.0, low, high)

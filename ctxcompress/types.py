@@ -6,12 +6,14 @@ import dataclasses
 import html
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from ctxcompress.errors import InputError
 
 Span = tuple[int, int]
 """Half-open range of character positions in a document's original text."""
+Order = Literal["share", "original"]
+"""How documents stand in a prompt."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,7 +113,19 @@ class CompressionResult:
     @property
     def text(self) -> str:
         """The compressed context as one string; documents that were left empty take no room in it."""
-        return "\n\n".join(document.text for document in self.documents if document.text)
+        return "\n\n".join(self.texts("original"))
+
+    def texts(self, order: Order = "share") -> list[str]:
+        """The texts that are left, for a prompt.
+
+        Args:
+            order: "share" puts the document worth most last, next to the question: small models look there;
+                "original" keeps the order the documents came in.
+        """
+        documents = list(self.documents)
+        if order == "share":
+            documents.sort(key=lambda document: document.share or 0.0)
+        return [document.text for document in documents if document.text]
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready account of the whole call."""

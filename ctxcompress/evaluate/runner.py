@@ -177,7 +177,7 @@ def _record(
             mode="text",
             allocator=one_of("allocator", row.partition(":")[2], AllocatorName),
         )
-        texts = [document.text for document in result.documents]
+        texts = result.texts()
         pairs = list(zip(result.documents, question.gold, strict=True))
         account = {
             "tokens_before": result.tokens_before,

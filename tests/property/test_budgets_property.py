@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -13,8 +14,7 @@ from ctxcompress.budgets import largest_remainder, reallocate
 
 examples = settings(max_examples=int(os.environ.get("CTXCOMPRESS_MAX_EXAMPLES", "100")), deadline=None)
 
-NUMBERS = st.floats(min_value=0, max_value=1, allow_nan=False)
-SHARES = st.lists(NUMBERS, max_size=12)
+SHARES = st.lists(st.just(0.0) | st.floats(1e-6, 1), max_size=12)
 DISTINCT_WEIGHTS = st.lists(st.integers(1, 1000), min_size=2, max_size=12, unique=True)
 DOUBLING = [2, 4, 8, 16, 32]
 SIZE_SETS = st.sampled_from([DOUBLING, [1], [3, 5], [4, 6, 7, 12, 13, 32], list(range(1, 20))])
@@ -72,6 +72,33 @@ def test_a_higher_share_never_gets_fewer(shares: list[float], spare: int, least:
         assert all(count >= other for lower, other in zip(shares, counts, strict=True) if lower < share)
 
 
+@pytest.mark.parametrize(
+    ("shares", "budget", "capacity", "expected"),
+    [
+        # The first is full at 100, and 110 are left for 10 : 1.
+        pytest.param([1.0, 1e-8, 1e-9], 210, [100, 1000, 1000], [100, 100, 10], id="1e-9"),
+        # The third is full at 5, and 1 is left.
+        pytest.param([1e-18, 2e-18, 1.0], 6, [10, 10, 5], [0, 1, 5], id="1e-18"),
+        pytest.param([0.0, 1e-100, 1.0], 6, [10, 10, 5], [0, 1, 5], id="1e-100"),
+        # Nothing deserves nothing, unless all others are full.
+        pytest.param([0.0, 1.0], 6, [10, 5], [1, 5], id="0"),
+    ],
+)
+def test_small_shares_keep_their_proportion(
+    shares: list[float], budget: int, capacity: list[int], expected: list[int]
+) -> None:
+    assert largest_remainder(numbers(shares), budget, capacity_N=torch.tensor(capacity)).tolist() == expected
+
+
+@pytest.mark.parametrize("unit", [0.1, 1.0, 1e-7, 1e7])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_equal_remainders_go_to_the_higher_share(unit: float, dtype: torch.dtype) -> None:
+    # 5 of 4 : 3 : 2 : 1 are 2 1.5 1 .5, whatever the unit of the shares and their last bit.
+    shares = torch.tensor([4.0, 3, 2, 1], dtype=dtype) * unit
+    assert largest_remainder(shares, 5).tolist() == [2, 2, 1, 0]
+    assert largest_remainder(shares.flip(0), 5).tolist() == [0, 1, 2, 2]
+
+
 @examples
 @given(DISTINCT_WEIGHTS, st.integers(0, 2000), st.randoms(use_true_random=False))
 def test_permuting_documents_permutes_counts(weights: list[int], budget: int, shuffle: random.Random) -> None:
@@ -85,11 +112,8 @@ def test_permuting_documents_permutes_counts(weights: list[int], budget: int, sh
 @examples
 @given(DISTINCT_WEIGHTS, st.integers(0, 2000), st.floats(1e-3, 1e3))
 def test_only_proportions_count(weights: list[int], budget: int, factor: float) -> None:
-    whole = numbers([float(weight) for weight in weights])
-    quotas = whole / whole.sum() * budget
-    remainders = (quotas - quotas.floor()).sort().values
-    if len(set(remainders.mul(1e6).round().tolist())) == len(weights):  # else the scale may turn a tie
-        assert largest_remainder(whole * factor, budget).tolist() == largest_remainder(whole, budget).tolist()
+    shares = numbers([float(weight) for weight in weights])
+    assert largest_remainder(shares * factor, budget).tolist() == largest_remainder(shares, budget).tolist()
 
 
 @st.composite

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Iterator
 
@@ -80,7 +81,7 @@ def test_no_two_neighbours_go_in_one_stage(run: tuple[Tensor, float, DACConfig, 
     for before, after in stages(Pruning(unit_T, kept_fraction, config, tier_T), seed):
         present = unit_T[before].unique_consecutive().tolist()
         kept = set(unit_T[after].tolist())
-        for left, right in zip(present, present[1:], strict=False):
+        for left, right in itertools.pairwise(present):
             assert left in kept or right in kept
 
 
@@ -94,7 +95,7 @@ def test_without_the_rule_and_protection_stages_meet_the_budget_by_themselves(
     for _ in stages(pruning, seed):
         pass
     first, budget = int((unit_T == 0).sum()), 1 + int((len(unit_T) - 1) * kept_fraction + 1e-9)
-    # A stage never takes the first unit and, at tau = 0, leaves one token beside it: the final pass does the rest.
+    # A stage never takes the first unit and, at tau = 0, leaves one token beside it.
     assert len(pruning.alive_A) <= max(budget, first, 2)
 
 
@@ -127,10 +128,8 @@ def test_strict_never_exceeds_the_budget() -> None:
     exceeded = []
     for case, (length, wide, part, kept, alpha, kind, number, rule) in enumerate(draws):
         # Short texts are where the edges are: half of the cases have at most 50 tokens.
-        tokens = int(401 * length**3)
-        jumps_T = torch.rand(tokens, generator=generator) < 1 / (
-            1 + 4 * wide
-        )  # units of 1 to 5 tokens on average
+        tokens = int(401 * length**4)
+        jumps_T = torch.rand(tokens, generator=generator) < 1 / (1 + 4 * wide)  # mean width of a unit: 1 to 5
         jumps_T[:1] = False
         unit_T = jumps_T.long().cumsum(0)
         tier_T = torch.randint(0, 3, (tokens,), generator=generator)

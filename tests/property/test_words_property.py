@@ -1,7 +1,8 @@
-"""What holds for every text in every script: cuts fall between characters, and kept text points into its source."""
+"""What holds for texts in every script: cuts fall between characters, kept text points into its source."""
 
 from __future__ import annotations
 
+import itertools
 import os
 import random
 
@@ -30,7 +31,7 @@ FRAGMENTS = [
         "🏳\ufe0f\u200d🌈",
         "😀",
     ],
-    *["בְּרֵאשִׁית", "בָּרָא", "אֱלֹהִים", "السَّلامُ", "عَلَيْكُم", "\u200fאב\u200e", "٣٫١٤"],
+    *["בְּרֵאשִׁית", "בָּרָא", "אֱלֹהִים", "السَّلامُ", "عَلَيْكُم", "\u200fאב\u200e", "٣٤"],
     *["ภาษาไทย", "हिन्दी", "क्षत्रिय", "தமிழ்", "ខ្មែរ"],
     *["def f(x):\n\treturn x['a_b']", "x+=1;", "https://a.b/c?d=e#f", "<|end|>", "\\n", "`", "$$"],
     *[
@@ -52,8 +53,9 @@ FRAGMENTS = [
     ],
 ]
 TEXTS = st.one_of(
+    st.lists(st.sampled_from(FRAGMENTS), max_size=20).map("".join),
+    st.lists(st.sampled_from(FRAGMENTS) | st.text(max_size=3), max_size=20).map("".join),
     st.text(max_size=40),
-    st.lists(st.sampled_from(FRAGMENTS) | st.text(max_size=3), max_size=25).map("".join),
 )
 SHUFFLES = st.randoms(use_true_random=False)
 
@@ -67,6 +69,17 @@ def some(spans: tuple[Span, ...], units: list[int], shuffle: random.Random) -> l
 
 def characters(spans: list[Span]) -> set[int]:
     return {place for start, stop in spans for place in range(start, stop)}
+
+
+def broken_characters(text: str, kept: set[int]) -> list[str]:
+    """Grapheme clusters (UAX 29) that are kept in part."""
+    clusters = list(regex.finditer(r"\X", text))
+    parts = [sum(place in kept for place in range(*cluster.span())) for cluster in clusters]
+    return [
+        ascii(cluster.group())
+        for cluster, part in zip(clusters, parts, strict=True)
+        if part not in {0, len(cluster.group())}
+    ]
 
 
 @examples
@@ -125,26 +138,43 @@ def test_what_readers_see_as_one_character_is_never_broken(
 ) -> None:
     spans = backbone.encode(text).spans
     kept = characters(list(joined(text, some(spans, word_units(text, spans).tolist(), shuffle))[1]))
-    for cluster in regex.finditer(r"\X", text):
-        places = set(range(*cluster.span()))
-        assert places <= kept or not places & kept, ascii(cluster.group())
+    assert not broken_characters(text, kept)
 
 
-@examples
-@given(
-    st.lists(
-        st.tuples(
-            st.text("abcdefxyz", min_size=1, max_size=8),
-            st.sampled_from([" ", "-", ", ", "\n\n", "/", " — ", "...", "\u3000", ")("]),
-        ),
-        max_size=20,
-    ),
-    SHUFFLES,
+@pytest.mark.parametrize(
+    "text",
+    [
+        "a👨\u200d👩\u200d👧\u200d👦b",  # 25 bytes, more tokens than a unit may have
+        "a🇫🇷b",
+        "x\r\n-y",
+        "1\ufe0f\u20e3-2\ufe0f\u20e3",
+        "अनुच्छेद-निर्देश",  # 24 bytes a word, marks inside
+        "e\u0301" * 12 + " בְּרֵאשִׁית",
+    ],
+    ids=["family", "flag", "line end", "keycaps", "hindi", "marks"],
 )
+def test_ugly_characters_survive_every_pair_of_units(backbone: Backbone, text: str) -> None:
+    spans = backbone.encode(text).spans
+    units = word_units(text, spans).tolist()
+    for first, second in itertools.combinations_with_replacement(sorted(set(units)), 2):
+        kept = [span for span, unit in zip(spans, units, strict=True) if unit in {first, second}]
+        assert not broken_characters(text, characters(list(joined(text, kept)[1])))
+
+
+WORDS = st.text("abcdefxyz", min_size=1, max_size=8)
+MARKED_WORDS = st.sampled_from(["e\u0301", "cafe\u0301", "नदी", "עַ", "ga\u0300"])
+GAPS = st.sampled_from([" ", "-", ", ", "\n\n", "/", " — ", "...", "\u3000", ")("])
+
+
+@pytest.mark.parametrize(
+    "word", [pytest.param(WORDS, id="letters"), pytest.param(WORDS | MARKED_WORDS, id="letters and marks")]
+)
+@examples
+@given(st.data(), SHUFFLES)
 def test_kept_words_never_run_together(
-    backbone: Backbone, words: list[tuple[str, str]], shuffle: random.Random
+    backbone: Backbone, word: st.SearchStrategy[str], data: st.DataObject, shuffle: random.Random
 ) -> None:
-    text = "".join(word + separator for word, separator in words)
+    text = "".join(itertools.chain.from_iterable(data.draw(st.lists(st.tuples(word, GAPS), max_size=20))))
     spans = backbone.encode(text).spans
     units = word_units(text, spans).tolist()
     kept = some(spans, units, shuffle)
@@ -154,13 +184,18 @@ def test_kept_words_never_run_together(
 
 
 @examples
-@given(TEXTS, st.lists(st.tuples(st.integers(0, 60), st.integers(0, 60)), max_size=4))
+@given(TEXTS, st.lists(st.tuples(st.integers(0, 60), st.integers(1, 60)), max_size=4))
 def test_tokens_within_share_a_character_with_a_range(
-    backbone: Backbone, text: str, ranges: list[Span]
+    backbone: Backbone, text: str, lengths: list[tuple[int, int]]
 ) -> None:
     spans = backbone.encode(text).spans
+    ranges = [(start, start + length) for start, length in lengths]
     protected = characters(ranges)
     assert tokens_within(spans, ranges).tolist() == [bool(characters([span]) & protected) for span in spans]
+
+
+def test_an_empty_range_protects_nothing() -> None:
+    assert tokens_within([(0, 3)], [(1, 1)]).tolist() == [False]
 
 
 def test_everything_and_nothing() -> None:
