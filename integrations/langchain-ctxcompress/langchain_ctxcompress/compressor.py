@@ -27,8 +27,8 @@ Mode = Literal["auto", "text"]
 METADATA_KEY = "ctxcompress"
 ACCOUNT = ("tokens_before", "tokens_after", "ratio", "budget", "score", "share", "rank")
 
-# One for all instances: with a lock of its own none could be copied or pickled, and models that load at the same
-# time get in each other's way (transformers sets torch's default dtype for the while).
+# One for all instances: with a lock of its own none could be copied or pickled, and models that load at the
+# same time get in each other's way (transformers sets torch's default dtype for the while).
 _LOADING = threading.Lock()
 
 

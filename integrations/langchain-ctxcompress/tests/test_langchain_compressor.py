@@ -108,6 +108,17 @@ def test_each_document_keeps_its_place_id_and_metadata(
     assert sorted(document.metadata["ctxcompress"]["rank"] for document in short) == [1, 2, 3]
 
 
+@pytest.mark.parametrize("query", [QUESTION, "Where is the Tiber?"])
+def test_the_texts_are_those_of_the_library(
+    compressor: ContextCompressor, documents: list[Document], query: str
+) -> None:
+    settings = CtxCompressor(compressor=compressor, compression_ratio=2)
+    expected = compressor.compress(TEXTS, query, compression_ratio=2).documents
+    short = settings.compress_documents(documents, query)
+    assert [document.page_content for document in short] == [document.text for document in expected]
+    assert shares(short) == [document.share for document in expected]
+
+
 def test_the_callers_documents_stay_as_they_were(
     compressor: ContextCompressor, documents: list[Document]
 ) -> None:

@@ -122,6 +122,18 @@ def test_each_node_keeps_all_but_its_text(compressor: ContextCompressor, nodes: 
     assert sorted(account["rank"] for account in accounts(short)) == [1, 2, 3]
 
 
+@pytest.mark.parametrize("query", [QUERY, "Where is the Tiber?"])
+def test_the_texts_are_those_of_the_library(
+    compressor: ContextCompressor, nodes: list[NodeWithScore], query: str
+) -> None:
+    postprocessor = CtxCompressPostprocessor(compressor=compressor, compression_ratio=2)
+    documents = [{"text": item.text, "score": item.score} for item in nodes]
+    expected = compressor.compress(documents, query, compression_ratio=2).documents
+    short = postprocessor.postprocess_nodes(nodes, query_str=query)
+    assert [item.text for item in short] == [document.text for document in expected]
+    assert [account["share"] for account in accounts(short)] == [document.share for document in expected]
+
+
 def test_the_account_is_hidden_from_models(compressor: ContextCompressor, nodes: list[NodeWithScore]) -> None:
     postprocessor = CtxCompressPostprocessor(compressor=compressor, compression_ratio=2)
     short = postprocessor.postprocess_nodes(nodes, query_str=QUERY)
