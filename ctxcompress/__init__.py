@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from ctxcompress.backbone import Backbone
     from ctxcompress.calibration import Calibration
-    from ctxcompress.config import DACConfig, DASTConfig
+    from ctxcompress.config import AllocatorName, DACConfig, DASTConfig, Mode
     from ctxcompress.decoder import LocalDecoder
     from ctxcompress.errors import (
         ConfigError,
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
+    "AllocatorName": "config",
     "Answer": "types",
     "Backbone": "backbone",
     "Calibration": "calibration",
@@ -45,12 +46,14 @@ _HOMES = {
     "InputError": "errors",
     "LocalDecoder": "decoder",
     "MissingExtraError": "errors",
+    "Mode": "config",
     "ModelError": "errors",
 }
 
 __all__ = [
     "DAC",
     "DAST",
+    "AllocatorName",
     "Answer",
     "Backbone",
     "Calibration",
@@ -65,6 +68,7 @@ __all__ = [
     "InputError",
     "LocalDecoder",
     "MissingExtraError",
+    "Mode",
     "ModelError",
     "__version__",
 ]

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import copy
 import os
+import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,6 +33,8 @@ if TYPE_CHECKING:
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 BATCH_TOKENS = 4096  # padded tokens of one forward pass over several texts
 VOCABULARY_BLOCK = 64  # tokens whose logits exist at the same time: 64 x 49,152 x 4 bytes = 12.6 MB
+# While transformers loads a model it sets torch's default dtype for all threads.
+_LOADING = threading.Lock()
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,23 +132,10 @@ class Backbone:
         Raises:
             ModelError: no such model, an unreadable one, or one of another family.
         """
-        from transformers import AutoModelForCausalLM, AutoTokenizer
-
         name = str(name)
-        source = resolve_model(name)
-        place = (
-            torch.device(device) if device else torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        )
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(source)
-            model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype or native_dtype(place))
-        except (OSError, ValueError) as error:
-            kind = "local folder" if Path(source).exists() else "hub id"
-            raise ModelError(
-                'the model must be "embedded", a folder with a model, or a hub id within reach, got '
-                f"{name!r} ({kind}): {str(error).splitlines()[0]}; check the spelling and the folder's "
-                "config.json"
-            ) from error
+        place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        with _LOADING:
+            model, tokenizer = _loaded(name, resolve_model(name), dtype or native_dtype(place))
         return cls(model.to(place), tokenizer, name=name, window=window)
 
     @property
@@ -184,8 +174,8 @@ class Backbone:
         window stands for everything before it and collects attention for that, so what it receives there is
         not counted.
         """
-        nll = [torch.zeros(len(ids)) for ids in texts]
-        attention = [torch.zeros(len(ids)) for ids in texts]
+        nll = [torch.zeros(len(ids), dtype=torch.float32) for ids in texts]
+        attention = [torch.zeros(len(ids), dtype=torch.float32) for ids in texts]
         for batch in _batches(
             [piece for text, ids in enumerate(texts) for piece in _windows(text, len(ids), self.window)]
         ):
@@ -207,7 +197,7 @@ class Backbone:
         recorder = ColumnSums([(start, len(row)) for start, row in zip(fresh, rows, strict=True)])
         # Padding is on the right and attention causal, so no real token ever sees it: no mask is needed.
         hidden_BTD = self.model.model(ids_BT, use_cache=False, recorder=recorder).last_hidden_state
-        nll_BT = torch.zeros(ids_BT.shape)
+        nll_BT = torch.zeros(ids_BT.shape, dtype=torch.float32)
         for row, tokens in enumerate(rows):
             nll_BT[row, 1 : len(tokens)] = self._nll(
                 hidden_BTD[row, : len(tokens) - 1], ids_BT[row, 1 : len(tokens)]
@@ -219,7 +209,7 @@ class Backbone:
         head = self.model.get_output_embeddings()
         blocks = zip(hidden_TD.split(VOCABULARY_BLOCK), next_ids_T.split(VOCABULARY_BLOCK), strict=True)
         nll = [torch.nn.functional.cross_entropy(head(h).float(), ids, reduction="none") for h, ids in blocks]
-        return torch.cat(nll).cpu() if nll else torch.zeros(0)
+        return torch.cat(nll).cpu() if nll else torch.zeros(0, dtype=torch.float32)
 
     @torch.inference_mode()
     def read_queries(
@@ -257,8 +247,8 @@ class Backbone:
         depth, heads = self.layers_heads
         depth = depth if layers is None or with_nll else layers
         total = sum(map(len, documents))
-        mass_QLHN = torch.zeros(len(questions), depth, heads, len(documents))
-        nll_N = torch.zeros(len(documents))
+        mass_QLHN = torch.zeros(len(questions), depth, heads, len(documents), dtype=torch.float32)
+        nll_N = torch.zeros(len(documents), dtype=torch.float32)
         for pieces in _packed(documents, room):
             reading = self._read_window(documents, pieces, questions, prefix, last_token, depth, with_nll)
             weight = sum(piece.stop - piece.start for piece in pieces) / total
@@ -291,7 +281,7 @@ class Backbone:
         hidden_TD = trunk(ids_T[None], past_key_values=cache, use_cache=True).last_hidden_state[0]
         nll_N = None
         if with_nll:
-            nll_T = torch.cat([torch.zeros(1), self._nll(hidden_TD[:-1], ids_T[1:])])
+            nll_T = torch.cat([torch.zeros(1, dtype=torch.float32), self._nll(hidden_TD[:-1], ids_T[1:])])
             nll_N = torch.stack([nll_T[start:stop].sum() for start, stop in segments])
         masses = []
         for question in questions:
@@ -319,6 +309,20 @@ class _Piece:
     start: int
     fresh: int
     stop: int
+
+
+def _loaded(name: str, source: str, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source)
+        return AutoModelForCausalLM.from_pretrained(source, dtype=dtype), tokenizer
+    except (OSError, ValueError) as error:
+        kind = "local folder" if Path(source).exists() else "hub id"
+        raise ModelError(
+            f'the model must be "embedded", a folder with a model, or a hub id within reach, got {name!r} '
+            f"({kind}): {str(error).splitlines()[0]}; check the spelling and the folder's config.json"
+        ) from error
 
 
 def native_dtype(device: torch.device) -> torch.dtype:

@@ -28,7 +28,7 @@ from rich.progress import (
 from rich.table import Table
 
 from ctxcompress import __version__
-from ctxcompress.config import AllocatorName, DASTConfig, Mode, Prior, one_of, to_dict
+from ctxcompress.config import AllocatorName, DASTConfig, Mode, Prior, check_target, one_of, to_dict
 from ctxcompress.embedded import EMBEDDED
 from ctxcompress.errors import CtxCompressError
 from ctxcompress.files import decoded, read_text
@@ -82,6 +82,7 @@ def compress(
     from ctxcompress.types import Document
 
     with _reported():
+        check_target(budget, ratio)
         names = files or ["-"]
         documents = [Document(_read(name), id=name, metadata={"source": name}) for name in names]
         with _progress() as report:
@@ -127,6 +128,7 @@ def ask(
     from ctxcompress.retrieval import FolderIndex
 
     with _reported():
+        check_target(budget, ratio)
         dast = DASTConfig(prior=one_of("prior", prior, Prior))
         with _progress() as report:
             found = FolderIndex.open(folder, Embedder(embedder), index_folder=index, progress=report)

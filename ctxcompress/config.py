@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 import regex
 
-from ctxcompress.errors import ConfigError
+from ctxcompress.errors import ConfigError, InputError
 
 Mode = Literal["auto", "text"]
 AllocatorName = Literal["dast", "uniform", "random", "bm25", "embedding"]
@@ -112,6 +113,34 @@ def one_of(name: str, value: object, choices: Any) -> Any:
     if value not in allowed:
         raise ConfigError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
     return value
+
+
+def check_target(budget: object, compression_ratio: object) -> None:
+    """Refuse anything but exactly one of a token budget and a ratio, in its range.
+
+    Raises:
+        ConfigError: both, neither, or a ratio that is not a finite number >= 1.
+        InputError: a budget that is not a whole number >= 1.
+    """
+    if (budget is None) == (compression_ratio is None):
+        got = "neither" if budget is None else "both"
+        raise ConfigError(
+            f"give either budget (tokens) or compression_ratio (original / compressed), got {got}"
+        )
+    if budget is not None:
+        if not isinstance(budget, int) or isinstance(budget, bool) or budget < 1:
+            raise InputError(
+                f"budget must be a whole number of tokens >= 1, got {budget!r}; to keep nothing, pass no "
+                "documents"
+            )
+    elif not isinstance(compression_ratio, (int, float)) or not 1 <= compression_ratio < math.inf:
+        remedy = ""
+        if isinstance(compression_ratio, float) and 0 < compression_ratio < 1:
+            remedy = f"; to keep {compression_ratio:.0%} write {1 / compression_ratio:g}"
+        raise ConfigError(
+            "compression_ratio must be a finite number >= 1 (original / compressed), got "
+            f"{compression_ratio!r}{remedy}"
+        )
 
 
 def to_dict(config: DASTConfig | DACConfig) -> dict[str, Any]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import math
 import os
 import time
 from collections.abc import Iterable, Mapping, Sequence
@@ -16,7 +15,7 @@ from ctxcompress.allocators import Allocator, Request, make_allocator
 from ctxcompress.backbone import Backbone, Encoding
 from ctxcompress.budgets import largest_remainder
 from ctxcompress.calibration import Calibration
-from ctxcompress.config import AllocatorName, DACConfig, DASTConfig, Mode, one_of
+from ctxcompress.config import AllocatorName, DACConfig, DASTConfig, Mode, check_target, one_of
 from ctxcompress.decoder import LocalDecoder
 from ctxcompress.embedded import EMBEDDED
 from ctxcompress.embedder import Embedder
@@ -119,7 +118,8 @@ class ContextCompressor:
             documents: `Document`s, strings, or mappings with the fields of `Document`; never changed.
             query: the question; the allocators `dast`, `bm25` and `embedding` need one.
             budget: most tokens of all documents together, > 0. Give this or `compression_ratio`.
-            compression_ratio: original tokens / compressed tokens, >= 1.
+            compression_ratio: original tokens / compressed tokens, >= 1; of very short documents a token each
+                is left.
             mode: "text" prunes words; "auto" is "text" as long as a model has no soft-token adapter.
             allocator: who decides each document's part: dast, uniform, random, bm25, embedding.
             allow_drop: let worthless documents lose all their tokens; otherwise each keeps a few.
@@ -140,7 +140,7 @@ class ContextCompressor:
         _check_protected(read, protected)
         encodings = [self.backbone.encode(document.text) for document in read]
         before = [len(encoding.ids) for encoding in encodings]
-        budget = _budget(budget, compression_ratio, sum(before))
+        budget = _total(budget, compression_ratio, before, allow_drop)
         weigher = self._allocator(allocator)
         query = _query(query, allocator if read and weigher.needs_query else None)
         started = time.perf_counter()
@@ -286,29 +286,15 @@ def _compressed(
     )
 
 
-def _budget(budget: int | None, compression_ratio: float | None, tokens: int) -> int:
-    """Tokens to stay within, from whichever of the two was given."""
-    if (budget is None) == (compression_ratio is None):
-        got = "neither" if budget is None else "both"
-        raise ConfigError(
-            f"give either budget (tokens) or compression_ratio (original / compressed), got {got}"
-        )
-    if compression_ratio is not None:
-        if not (math.isfinite(compression_ratio) and compression_ratio >= 1):
-            remedy = ""
-            if 0 < compression_ratio < 1:
-                remedy = f"; to keep {compression_ratio:.0%} write {1 / compression_ratio:g}"
-            raise ConfigError(
-                "compression_ratio must be a finite number >= 1 (original / compressed), got "
-                f"{compression_ratio}{remedy}"
-            )
-        return max(int(tokens / compression_ratio), min(tokens, 1))
-    if not isinstance(budget, int) or isinstance(budget, bool) or budget < 1:
-        raise InputError(
-            f"budget must be a whole number of tokens >= 1, got {budget!r}; to keep nothing, pass no "
-            "documents"
-        )
-    return budget
+def _total(
+    budget: int | None, compression_ratio: float | None, before: Sequence[int], allow_drop: bool
+) -> int:
+    """Tokens to stay within; a ratio never asks for less than a token for each document that must stay."""
+    check_target(budget, compression_ratio)
+    if budget is not None:
+        return budget
+    present = sum(1 for tokens in before if tokens)
+    return max(int(sum(before) / (compression_ratio or 1.0)), min(present, 1) if allow_drop else present)
 
 
 def _query(query: str | None, needed_by: str | None) -> str:

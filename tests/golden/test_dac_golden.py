@@ -273,11 +273,11 @@ def test_g5_sizes_of_the_authors_schedule(tokens: int, kept_fraction: float, lef
 
 
 def test_a_word_is_worth_the_mean_of_its_tokens_and_goes_whole() -> None:
-    # Words 0 | 1 2 | 3 | 4 5. Min-max of the attention 2 0 1 3 4 of tokens 1 to 5: .5 0 .25 .75 1, so the
-    # words are worth .25 .25 .875. Two tokens must go: of equal words the later, 3; one more takes 1 2 whole.
-    pruning = Pruning(torch.tensor([0, 1, 1, 2, 3, 3]), 0.6, DACConfig(alpha=1.0, no_consecutive=False))
-    pruning.step(torch.zeros(6), torch.tensor([9.0, 2, 0, 1, 3, 4]))
-    assert pruning.alive_A.tolist() == [0, 4, 5]
+    # Words 0 | 1 2 | 3 | 4 5. Min-max of the attention 3 3 4 0 10 of tokens 1 to 5: .3 .3 .4 0 1, so the
+    # words are worth .3 .4 .5; sums, .6 .4 1, would favour long words. One token must go: word 1 2 goes whole.
+    pruning = Pruning(torch.tensor([0, 1, 1, 2, 3, 3]), 0.8, DACConfig(alpha=1.0, no_consecutive=False))
+    pruning.step(torch.zeros(6), torch.tensor([99.0, 3, 3, 4, 0, 10]))
+    assert pruning.alive_A.tolist() == [0, 3, 4, 5]
 
 
 def test_protected_units_go_last_just_after_the_first() -> None:

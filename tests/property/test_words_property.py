@@ -219,6 +219,11 @@ def test_everything_and_nothing() -> None:
     assert word_units("", []).tolist() == character_units([]).tolist() == []
 
 
+def test_ranges_that_overlap_or_touch_become_one() -> None:
+    assert joined("abcdef", [(0, 4), (1, 2), (3, 5)]) == ("abcde", ((0, 5),))
+    assert joined("abcdef", [(1, 4), (1, 2), (4, 5)]) == ("bcde", ((1, 5),))
+
+
 @pytest.mark.parametrize("size", [1, MAX_UNIT_TOKENS, MAX_UNIT_TOKENS + 1, 200])
 def test_an_endless_word_is_cut_between_its_tokens(size: int) -> None:
     units = word_units("x" * size, [(place, place + 1) for place in range(size)]).tolist()

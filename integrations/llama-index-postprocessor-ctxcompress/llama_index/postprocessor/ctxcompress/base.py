@@ -6,27 +6,23 @@ Nothing heavy happens at import or construction: the language model is loaded wh
 from __future__ import annotations
 
 import threading
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from llama_index.core.bridge.pydantic import ConfigDict, Field, PrivateAttr, model_validator
 from llama_index.core.postprocessor.types import BaseNodePostprocessor
 from llama_index.core.schema import NodeWithScore, QueryBundle
 
-from ctxcompress import ConfigError
+from ctxcompress import AllocatorName, ConfigError, Mode
 
 if TYPE_CHECKING:
     from ctxcompress import CompressedDocument, ContextCompressor
 else:
     ContextCompressor = Any  # pydantic wants a class at run time, and the real one would bring torch with it
 
-Allocator = Literal["dast", "uniform", "random", "bm25", "embedding"]
-Mode = Literal["auto", "text"]
-
 METADATA_KEY = "ctxcompress"
 ACCOUNT = ("tokens_before", "tokens_after", "ratio", "budget", "score", "share", "rank")
 
-# One for all instances: with a lock of its own none could be copied or pickled, and models that load at the
-# same time get in each other's way (transformers sets torch's default dtype for the while).
+# One for all instances: with a lock of its own none could be copied or pickled.
 _LOADING = threading.Lock()
 
 
@@ -61,7 +57,7 @@ class CtxCompressPostprocessor(BaseNodePostprocessor):
 
     compression_ratio: float | None = Field(default=None, ge=1, allow_inf_nan=False)
     budget: int | None = Field(default=None, ge=1)
-    allocator: Allocator = "dast"
+    allocator: AllocatorName = "dast"
     mode: Mode = "auto"
     allow_drop: bool = False
     model: str = "embedded"

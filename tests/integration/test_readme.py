@@ -1,0 +1,38 @@
+"""What the README shows, run as it stands."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.model
+@pytest.mark.usefixtures("embedded")
+def test_first_example_prints_what_its_comments_say(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    code = re.search(r"```python\n(.*?)```", README, flags=re.DOTALL)
+    assert code
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        exec(compile(code[1], "README.md", "exec"), {})
+    assert printed.getvalue().splitlines() == re.findall(r"^# (.*)$", code[1], flags=re.MULTILINE)
+
+
+def test_every_file_it_names_exists() -> None:
+    links = [link for link in re.findall(r"\]\(([^)#]+)\)", README) if not link.startswith("http")]
+    assert links
+    assert all((ROOT / link).exists() for link in links)
+    tree = README.split("## Files, in reading order")[1].split("```")[1]
+    named = re.findall(r"(?:^|\s)([a-z]+\.py)\b", tree)
+    assert all(list((ROOT / "ctxcompress").rglob(name)) for name in named), named
+    assert {path.name for path in (ROOT / "ctxcompress").glob("[a-z]*.py")} - set(named) <= {
+        "errors.py",
+        "files.py",
+    }
