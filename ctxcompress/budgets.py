@@ -32,7 +32,7 @@ def largest_remainder(
 
     Returns:
         (N,) int64; sums to min(budget, sum of capacities); a higher share never gets fewer at equal minimum
-        and capacity; ties go to the earlier document.
+        and capacity; equal remainders go to the higher share, then to the earlier document.
 
     Raises:
         InputError: negative, NaN or infinite shares, a minimum above its capacity, or too small a budget.

@@ -119,7 +119,10 @@ class Pruning:
         self._drop(units[chosen_U])
 
     def enforce(self, limit: int | None = None) -> None:
-        """Remove what still exceeds `limit` tokens, tier by tier, least worth first; no neighbour rule."""
+        """Remove what still exceeds `limit` tokens, tier by tier, least worth first; no neighbour rule.
+
+        Stages weigh free units only: in the other tiers the last unit of the text goes first.
+        """
         limit = self._limit if limit is None else limit
         units, widths_U = self._present()
         keys = self._tier_U[units], self._worth_U[units]

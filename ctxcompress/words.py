@@ -15,10 +15,9 @@ from torch import Tensor
 
 from ctxcompress.types import Span
 
-MAX_UNIT_TOKENS = (
-    16  # a longer "word" (a hash, base64) is cut between its tokens: keeping or losing it whole helps nobody
-)
+MAX_UNIT_TOKENS = 16  # a longer "word" (a hash, base64) is cut: keeping or losing it whole helps nobody
 _BORDERS = regex.compile(r"\b", flags=regex.WORD | regex.VERSION1)
+_CHARACTERS = regex.compile(r"\X")  # as readers see them: a letter with its marks, a whole family emoji
 
 
 def word_units(text: str, spans: Sequence[Span]) -> Tensor:
@@ -36,20 +35,19 @@ def word_units(text: str, spans: Sequence[Span]) -> Tensor:
         [0, 1, 1]
     """
     borders = {border.start() for border in _BORDERS.finditer(text)}
+    characters = {character.start() for character in _CHARACTERS.finditer(text)}
     starts: list[bool] = []
+    cuttable: list[bool] = []
     end = 0
     for start, stop in spans:
         after_space = start > 0 and text[start - 1].isspace()
-        starts.append(start >= end and start in borders and not after_space)
+        cuttable.append(start >= end and start in characters)
+        starts.append(start >= end and start in borders and start in characters and not after_space)
         end = max(end, stop)
     units_T = _numbered(starts)
     crowded_T = torch.bincount(units_T, minlength=1)[units_T] > MAX_UNIT_TOKENS if len(starts) else units_T
-    if crowded_T.any():
-        whole = character_units(spans)
-        first_of_character = [True, *(whole[1:] != whole[:-1]).tolist()]
-        pairs = zip(starts, crowded_T.tolist(), first_of_character, strict=True)
-        units_T = _numbered([start or (crowded and first) for start, crowded, first in pairs])
-    return units_T
+    pairs = zip(starts, cuttable, crowded_T.tolist(), strict=True)
+    return _numbered([start or (crowded and cut) for start, cut, crowded in pairs])
 
 
 def character_units(spans: Sequence[Span]) -> Tensor:
@@ -72,11 +70,14 @@ def _numbered(starts: Sequence[bool]) -> Tensor:
 
 def tokens_within(spans: Sequence[Span], protected: Iterable[Span]) -> Tensor:
     """Which tokens share a character with a protected range, (T,) bool."""
-    touched = torch.zeros(len(spans), dtype=torch.bool)
-    ranges = list(protected)
-    for token, (start, stop) in enumerate(spans):
-        touched[token] = any(start < end and begin < stop for begin, end in ranges)
-    return touched
+    length = max((stop for _, stop in spans), default=0)
+    borders = torch.zeros(length + 2, dtype=torch.int64)
+    for start, stop in protected:
+        borders[min(start, length)] += 1
+        borders[min(stop, length)] -= 1
+    characters_before = torch.nn.functional.pad((borders.cumsum(dim=0) > 0).cumsum(dim=0), (1, 0))
+    ranges = torch.tensor(spans, dtype=torch.int64).reshape(-1, 2)
+    return characters_before[ranges[:, 1]] > characters_before[ranges[:, 0]]
 
 
 def joined(text: str, kept: Sequence[Span]) -> tuple[str, tuple[Span, ...]]:
@@ -103,23 +104,25 @@ def joined(text: str, kept: Sequence[Span]) -> tuple[str, tuple[Span, ...]]:
 
 def _separator(text: str, end: int, start: int) -> list[Span]:
     """The character of the gap that keeps its neighbours apart, if they would run together without it."""
-    before, after = text[end - 1], text[start]
+    # A mark says nothing about borders without its letter, so some context comes along.
+    before, after = text[max(end - 16, 0) : end], text[start]
     if _parted(before, after):
         return []
-    gap = range(end, start)
-    spaces = (place for place in gap if text[place].isspace())
-    others = (place for place in gap if _parted(before, text[place]) and _parted(text[place], after))
-    place = next(spaces, None)
-    place = next(others, None) if place is None else place
-    return [] if place is None else [(place, place + 1)]
+    gap = list(_CHARACTERS.finditer(text, end, start))
+    spaces = (found.span() for found in gap if found.group().isspace())
+    others = (
+        found.span() for found in gap if _parted(before, found.group()) and _parted(found.group(), after)
+    )
+    span = next(spaces, None) or next(others, None)
+    return [] if span is None else [span]
 
 
 def _parted(left: str, right: str) -> bool:
-    """Whether a word may end between two characters that stand side by side."""
+    """Whether a word may end between two strings that stand side by side."""
     return (
-        left.isspace()
-        or right.isspace()
-        or any(border.start() == 1 for border in _BORDERS.finditer(left + right))
+        left[-1].isspace()
+        or right[0].isspace()
+        or any(border.start() == len(left) for border in _BORDERS.finditer(left + right))
     )
 
 

@@ -61,12 +61,8 @@ class DAC:
             return 0
         encoding = self._backbone.encode(text)
         units_T = self._units(text, encoding)
-        touched = units_T[tokens_within(encoding.spans, spans)].unique()
-        kept = [
-            span
-            for span, unit in zip(encoding.spans, units_T.tolist(), strict=True)
-            if unit in set(touched.tolist())
-        ]
+        kept_T = torch.isin(units_T, units_T[tokens_within(encoding.spans, spans)])
+        kept = [span for span, keep in zip(encoding.spans, kept_T.tolist(), strict=True) if keep]
         return self._backbone.count(joined(text, kept)[0])
 
     def prune(

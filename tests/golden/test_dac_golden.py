@@ -274,7 +274,7 @@ def test_g5_sizes_of_the_authors_schedule(tokens: int, kept_fraction: float, lef
 
 def test_a_word_is_worth_the_mean_of_its_tokens_and_goes_whole() -> None:
     # Words 0 | 1 2 | 3 | 4 5. Min-max of the attention 3 3 4 0 10 of tokens 1 to 5: .3 .3 .4 0 1, so the
-    # words are worth .3 .4 .5; sums, .6 .4 1, would favour long words. One token must go: word 1 2 goes whole.
+    # words are worth .3 .4 .5; sums, .6 .4 1, would favour long words. One token must go: word 1 2 does.
     pruning = Pruning(torch.tensor([0, 1, 1, 2, 3, 3]), 0.8, DACConfig(alpha=1.0, no_consecutive=False))
     pruning.step(torch.zeros(6), torch.tensor([99.0, 3, 3, 4, 0, 10]))
     assert pruning.alive_A.tolist() == [0, 3, 4, 5]
