@@ -10,7 +10,7 @@ RUFF_TARGETS := ctxcompress tests integrations benchmarks
 demo: $(VENV)/.installed
 	$(BIN)/ctxcompress ask examples/encyclopedia "Who discovered penicillin?" --ratio 4
 	$(BIN)/ctxcompress ask examples/encyclopedia "How many hearts does an octopus have?" --ratio 4
-	$(BIN)/ctxcompress ask examples/encyclopedia "Who became the first official World Chess Champion?" --ratio 4
+	$(BIN)/ctxcompress ask examples/encyclopedia "What is the largest moon of Saturn?" --ratio 4
 
 ## test: what CI runs
 test: lint types

@@ -109,7 +109,7 @@ def ask(
     question: Annotated[str, typer.Argument(help="What to ask.")],
     budget: Budget = None,
     ratio: Ratio = None,
-    top_k: Annotated[int, typer.Option(help="Passages to retrieve.")] = 10,
+    top_k: Annotated[int, typer.Option(help="Passages to retrieve.")] = 5,
     mode: ModeOption = "auto",
     allocator: Allocator = "dast",
     prior: PriorOption = "retriever",

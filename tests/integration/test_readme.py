@@ -8,6 +8,9 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
+
+from ctxcompress.backbone import native_dtype
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -15,14 +18,16 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 @pytest.mark.model
 @pytest.mark.usefixtures("embedded")
-def test_first_example_prints_what_its_comments_say(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(ROOT)
+def test_first_example_prints_what_its_comments_say() -> None:
     code = re.search(r"```python\n(.*?)```", README, flags=re.DOTALL)
     assert code
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed):
         exec(compile(code[1], "README.md", "exec"), {})
-    assert printed.getvalue().splitlines() == re.findall(r"^# (.*)$", code[1], flags=re.MULTILINE)
+    lines = printed.getvalue().splitlines()
+    assert "three hearts" in lines[-1]
+    if native_dtype(torch.device("cpu")) == torch.bfloat16:  # other dtypes may choose other words
+        assert lines == re.findall(r"^# (.*)$", code[1], flags=re.MULTILINE)
 
 
 def test_every_file_it_names_exists() -> None:
