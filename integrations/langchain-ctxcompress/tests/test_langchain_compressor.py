@@ -102,7 +102,7 @@ def test_each_document_keeps_its_place_id_and_metadata(
         assert account.keys() == ACCOUNT
         assert account["tokens_before"] == compressor.backbone.count(before.page_content)
         assert account["tokens_after"] == compressor.backbone.count(after.page_content) <= account["budget"]
-        assert account["ratio"] == account["tokens_before"] / account["tokens_after"] > 1
+        assert account["ratio"] == account["tokens_before"] / account["tokens_after"] >= 1
         assert set(re.findall(r"\w+", after.page_content)) <= set(re.findall(r"\w+", before.page_content))
     assert sum(shares(short)) == pytest.approx(1)
     assert sorted(document.metadata["ctxcompress"]["rank"] for document in short) == [1, 2, 3]
