@@ -69,7 +69,7 @@ def peak_growth(variant: str, tokens: int, queue: multiprocessing.Queue[float]) 
     """Growth of the resident size during one pass, in MB, sampled every millisecond."""
     backbone = Backbone.from_pretrained()
     ids = tokens_of_pages(backbone, tokens)
-    plain_forward(backbone, ids[:16])  # weights and kernels are loaded before the count starts
+    signals(backbone, ids[:16])  # all weights, the head's too, are read from disk before the count starts
     process, finished, peak = psutil.Process(), threading.Event(), [0]
     before = process.memory_info().rss
 
