@@ -102,7 +102,7 @@ class SegmentMass:
 
 def _causal_weights(query_BHQD: Tensor, key_BHTD: Tensor, scaling: float) -> Tensor:
     """softmax(QK^T * scaling) in float32; query q of Q sees the first T - Q + q + 1 of T keys."""
-    scores_BHQT = (query_BHQD @ key_BHTD.transpose(-1, -2)).float() * scaling
+    scores_BHQT = (query_BHQD @ key_BHTD.transpose(-1, -2)).float().mul_(scaling)
     queries, keys = scores_BHQT.shape[-2:]
     future = torch.ones(queries, queries, dtype=torch.bool, device=scores_BHQT.device).triu_(1)
     scores_BHQT[..., keys - queries :].masked_fill_(future, -torch.inf)
