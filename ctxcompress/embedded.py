@@ -85,8 +85,9 @@ def _sha256(file: Path) -> str:
 
 
 def _write_dequantised(gguf_file: Path, folder: Path) -> None:
-    if importlib.util.find_spec("gguf") is None:
-        raise MissingExtraError("gguf", "embedded")
+    for package in ("gguf", "accelerate"):
+        if importlib.util.find_spec(package) is None:
+            raise MissingExtraError(package, "embedded")
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
