@@ -298,14 +298,10 @@ def _loaded(
     embedder: Embedder | None = None,
     dast: DASTConfig | None = None,
 ) -> ContextCompressor:
-    """The compressor, with other libraries' bars and advice silenced: this program shows its own."""
+    """The compressor a command works with."""
     report("loading the model", 0, 1)
-    import transformers
-
     from ctxcompress.pipeline import ContextCompressor
 
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
     compressor = ContextCompressor.from_pretrained(
         model, calibration=calibration, seed=seed, embedder=embedder, dast=dast
     )
@@ -328,6 +324,11 @@ class _Report:
 
 @contextmanager
 def _progress() -> Iterator[_Report]:
+    import transformers
+
+    # Other libraries' bars and advice would run through ours.
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
     columns = (
         SpinnerColumn(),
         TextColumn("{task.description}"),
@@ -363,7 +364,7 @@ def _table(result: CompressionResult) -> Table:
     seconds = ", ".join(f"{stage} {value:.2f} s" for stage, value in result.seconds.items())
     tokens = f"{result.tokens_before:,} -> {result.tokens_after:,} tokens ({ratio}, budget {result.budget:,})"
     table = Table(title=f"{result.mode}:{result.allocator}  {tokens}  {seconds}")
-    table.add_column("document")
+    table.add_column("document", overflow="fold")
     for name in ("tokens before", "tokens after", "ratio", "score", "share", "rank"):
         table.add_column(name, justify="right")
     for document in result.documents:
