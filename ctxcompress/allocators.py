@@ -5,6 +5,7 @@ Every allocator sees the same inputs and returns the same thing, so an ablation 
 
 from __future__ import annotations
 
+import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -55,7 +56,7 @@ class Uniform:
 
 
 class Random:
-    """Shares drawn uniformly from all possible ones (a flat Dirichlet), the same for the same seed."""
+    """Shares drawn uniformly from all possible ones (a flat Dirichlet); the same for one seed and query."""
 
     needs_query = False
 
@@ -64,12 +65,8 @@ class Random:
 
     def worth(self, request: Request) -> Worth:
         """See `Allocator`."""
-        generator = torch.Generator().manual_seed(self._seed)
-        draws = (
-            -torch.rand(len(request.documents), generator=generator, dtype=torch.float64)
-            .clamp(min=1e-12)
-            .log()
-        )
+        draw = random.Random(f"{self._seed} {request.query}")
+        draws = torch.tensor([draw.expovariate(1.0) for _ in request.documents], dtype=torch.float64)
         return Worth(draws / draws.sum())
 
 

@@ -62,6 +62,13 @@ class Calibration:
     embedding: float = 1.0
     provenance: dict[str, Any] = field(default_factory=dict)
 
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Everything that changes results, JSON-ready; where the numbers come from does not."""
+        settings = dataclasses.asdict(self)
+        del settings["provenance"]
+        return {**settings, "heads": [list(head) for head in self.heads]}
+
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the calibration as JSON; a file already there is replaced in one step."""
         content = {"format": FORMAT, **dataclasses.asdict(self)}

@@ -28,7 +28,7 @@ from rich.progress import (
 from rich.table import Table
 
 from ctxcompress import __version__
-from ctxcompress.config import AllocatorName, DASTConfig, Mode, Prior, check_target, one_of, to_dict
+from ctxcompress.config import AllocatorName, DACConfig, DASTConfig, Mode, Prior, check_target, one_of, to_dict
 from ctxcompress.embedded import EMBEDDED
 from ctxcompress.errors import CtxCompressError
 from ctxcompress.files import decoded, read_text
@@ -183,6 +183,7 @@ def evaluate(
     import torch
     import transformers
 
+    from ctxcompress.calibration import BUDGET_TEMPERATURE
     from ctxcompress.embedder import Embedder
     from ctxcompress.evaluate.runner import EvaluationConfig
     from ctxcompress.evaluate.runner import evaluate as run
@@ -207,8 +208,9 @@ def evaluate(
                 max_new_tokens=max_new_tokens,
                 settings={
                     "dast": to_dict(dast),
-                    "heads": [list(head) for head in calibrated.heads],
-                    "weights": [calibrated.attention_alone, calibrated.attention, calibrated.prior],
+                    "dac": to_dict(DACConfig()),
+                    "calibration": calibrated.settings,
+                    "budget_temperature": BUDGET_TEMPERATURE,
                     "embedder": embedder,
                     "dtype": str(compressor.backbone.model.dtype),
                     "versions": {

@@ -223,3 +223,14 @@ def test_many_documents_beyond_the_window(compressor: ContextCompressor) -> None
     result = compressor.compress(many, "Which river?", compression_ratio=3)
     assert result.tokens_before > compressor.backbone.window
     assert result.tokens_after <= result.budget
+
+
+def test_random_shares_change_with_the_query_and_repeat_with_the_seed(compressor: ContextCompressor) -> None:
+    drawn = [
+        [
+            document.share
+            for document in compressor.compress(TEXTS, query, compression_ratio=2, allocator="random").documents
+        ]
+        for query in ("Where?", "Where?", "When?")
+    ]
+    assert drawn[0] == drawn[1] != drawn[2]
