@@ -28,7 +28,16 @@ from rich.progress import (
 from rich.table import Table
 
 from ctxcompress import __version__
-from ctxcompress.config import AllocatorName, DACConfig, DASTConfig, Mode, Prior, check_target, one_of, to_dict
+from ctxcompress.config import (
+    AllocatorName,
+    DACConfig,
+    DASTConfig,
+    Mode,
+    Prior,
+    check_target,
+    one_of,
+    to_dict,
+)
 from ctxcompress.embedded import EMBEDDED
 from ctxcompress.errors import CtxCompressError
 from ctxcompress.files import decoded, read_text

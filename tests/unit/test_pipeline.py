@@ -229,7 +229,9 @@ def test_random_shares_change_with_the_query_and_repeat_with_the_seed(compressor
     drawn = [
         [
             document.share
-            for document in compressor.compress(TEXTS, query, compression_ratio=2, allocator="random").documents
+            for document in compressor.compress(
+                TEXTS, query, compression_ratio=2, allocator="random"
+            ).documents
         ]
         for query in ("Where?", "Where?", "When?")
     ]
