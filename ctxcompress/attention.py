@@ -12,6 +12,7 @@ Shapes: B batch, H heads, G key-value heads, Q queries, T keys, D head size, N d
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, Protocol
 
@@ -24,7 +25,10 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from ctxcompress.types import Span
 
 ATTENTION = "ctxcompress"
-QUERY_BLOCK = 64  # queries whose weights exist at the same time: 64 x 2,000 keys x 9 heads x 4 bytes = 4.6 MB
+QUERY_BLOCK = 32  # queries whose weights exist at the same time: 32 x 2,000 keys x 9 heads x 4 bytes = 2.3 MB
+KEY_STEP = (
+    512  # keys of a block are rounded up to this: oneDNN keeps a compiled kernel for every shape it meets
+)
 
 
 class Recorder(Protocol):
@@ -46,6 +50,7 @@ class ColumnSums:
     def __init__(self, query_spans: Sequence[Span]) -> None:
         self._query_spans = query_spans
         self._total_BT: Tensor | None = None
+        self._buffers: _Buffers | None = None
         self._layers_heads = 0
 
     @property
@@ -65,12 +70,17 @@ class ColumnSums:
             [(positions >= start) & (positions < stop) for start, stop in self._query_spans]
         )
         output_BHQD = torch.empty_like(query_BHQD)
+        if self._buffers is None:
+            self._buffers = _Buffers(query_BHQD, batch * heads * min(QUERY_BLOCK, length) * length)
         for start in range(0, length, QUERY_BLOCK):
             stop = min(start + QUERY_BLOCK, length)
-            weights_BHQT = _causal_weights(query_BHQD[:, :, start:stop], key_BHTD[:, :, :stop], scaling)
-            output_BHQD[:, :, start:stop] = weights_BHQT.to(value_BHTD.dtype) @ value_BHTD[:, :, :stop]
+            seen = min(-(-stop // KEY_STEP) * KEY_STEP, length)
+            weights_BHQT, native_BHQT = self._buffers.causal_weights(
+                query_BHQD[:, :, start:stop], key_BHTD[:, :, :seen], start, scaling
+            )
+            output_BHQD[:, :, start:stop] = native_BHQT @ value_BHTD[:, :, :seen]
             counted_B11Q = counted_BQ[:, None, None, start:stop].float()
-            self._total_BT[:, :stop] += (counted_B11Q @ weights_BHQT).sum(dim=(1, 2))
+            self._total_BT[:, :seen] += (counted_B11Q @ weights_BHQT).sum(dim=(1, 2))
         self._layers_heads += heads
         return output_BHQD
 
@@ -100,13 +110,43 @@ class SegmentMass:
         return weights_BHQT.to(value_BHTD.dtype) @ value_BHTD
 
 
+class _Buffers:
+    """Memory of one block of weights, used for all blocks and layers.
+
+    Allocating megabytes anew for every block leaves holes in the heap that add up to more than the data.
+    """
+
+    def __init__(self, like: Tensor, elements: int) -> None:
+        self._native = like.new_empty(elements)
+        self._exact = torch.empty(elements, dtype=torch.float32, device=like.device)
+
+    def causal_weights(
+        self, query_BHQD: Tensor, key_BHTD: Tensor, first: int, scaling: float
+    ) -> tuple[Tensor, Tensor]:
+        """As `_causal_weights`, in float32 and in the model's own dtype; valid until the next call."""
+        size = (*query_BHQD.shape[:-1], key_BHTD.shape[-2])
+        native_BHQT, weights_BHQT = (
+            buffer[: math.prod(size)].view(size) for buffer in (self._native, self._exact)
+        )
+        torch.matmul(query_BHQD, key_BHTD.transpose(-1, -2), out=native_BHQT)
+        _hide_future(weights_BHQT.copy_(native_BHQT).mul_(scaling), first)
+        weights_BHQT.sub_(weights_BHQT.amax(dim=-1, keepdim=True)).exp_()
+        weights_BHQT.div_(weights_BHQT.sum(dim=-1, keepdim=True))
+        return weights_BHQT, native_BHQT.copy_(weights_BHQT)
+
+
 def _causal_weights(query_BHQD: Tensor, key_BHTD: Tensor, scaling: float) -> Tensor:
     """softmax(QK^T * scaling) in float32; query q of Q sees the first T - Q + q + 1 of T keys."""
     scores_BHQT = (query_BHQD @ key_BHTD.transpose(-1, -2)).float().mul_(scaling)
+    return _hide_future(scores_BHQT, key_BHTD.shape[-2] - query_BHQD.shape[-2]).softmax(dim=-1)
+
+
+def _hide_future(scores_BHQT: Tensor, first: int) -> Tensor:
+    """Set scores of keys after their query to -inf, in place; `first` is the position of the first query."""
     queries, keys = scores_BHQT.shape[-2:]
-    future = torch.ones(queries, queries, dtype=torch.bool, device=scores_BHQT.device).triu_(1)
-    scores_BHQT[..., keys - queries :].masked_fill_(future, -torch.inf)
-    return scores_BHQT.softmax(dim=-1)
+    future = torch.ones(queries, keys - first, dtype=torch.bool, device=scores_BHQT.device).triu_(1)
+    scores_BHQT[..., first:].masked_fill_(future, -torch.inf)
+    return scores_BHQT
 
 
 def _attention_forward(
