@@ -12,6 +12,8 @@ Shapes: T tokens, D hidden, B rows of a batch, L layers, H heads, Q questions, N
 from __future__ import annotations
 
 import copy
+import functools
+import hashlib
 import os
 import threading
 from collections.abc import Iterator, Sequence
@@ -149,6 +151,17 @@ class Backbone:
         """Number of layers, and of query heads in each."""
         config = self.model.config
         return config.num_hidden_layers, config.num_attention_heads
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """Hash of the weights (the first values of every tensor, as bfloat16) and of the vocabulary."""
+        digest = hashlib.sha256(f"{self.model.config.model_type} {len(self.tokenizer)}".encode())
+        for name, tensor in self.model.named_parameters():
+            values = tensor.detach().flatten()[:64].to("cpu", torch.bfloat16)
+            digest.update(
+                f"{name} {tuple(tensor.shape)}".encode() + values.view(torch.int16).numpy().tobytes()
+            )
+        return digest.hexdigest()[:16]
 
     def encode(self, text: str) -> Encoding:
         """Tokens of `text` without added special tokens; control strings inside the text are plain text."""
@@ -304,6 +317,15 @@ class Backbone:
             mass_LHQN = recorder.mass_LHQN
             masses.append(mass_LHQN[:, :, -1] if last_token else mass_LHQN.mean(dim=2))
         return QueryReading(torch.stack(masses).cpu(), nll_N)
+
+    def sharing(self, depth: int | None = None) -> Any:
+        """The model with modules of its own around the same weights, so that adapters can be added to it.
+
+        Args:
+            depth: the first layers only, without the head; None keeps everything.
+        """
+        weights = {id(tensor): tensor for tensor in (*self.model.parameters(), *self.model.buffers())}
+        return copy.deepcopy(self.model if depth is None else self._trunk(depth), weights)
 
     def _trunk(self, depth: int) -> Any:
         """The model without its head and without the layers after `depth`; shares all weights."""

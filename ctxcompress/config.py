@@ -18,6 +18,9 @@ Prior = Literal["retriever", "none"]
 Schedule = Literal["anchored", "reference"]
 Unit = Literal["word", "token"]
 Fusion = Literal["additive", "multiplicative"]
+Features = Literal["mean_pool", "last_tokens", "compression_tokens"]
+RatioSpace = Literal["log", "linear"]
+WindowAlignment = Literal["start", "end"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,6 +106,61 @@ class DACConfig:
                 ) from error
 
 
+@dataclass(frozen=True, kw_only=True)
+class SoftConfig:
+    """What a soft compressor is made of: semi-dynamic compression (arXiv 2603.25926) on one resident model.
+
+    Args:
+        features: how encoder states become soft tokens: means of windows, the last states, or the states of
+            learned tokens after the text.
+        ratio_set: legal ratios (original / compressed), ascending; each a multiple of the first.
+        encoder_layers: layers of the base the encoder runs through; None takes all.
+        bidirectional: every token of the encoder sees every other one; False is causal.
+        residual: add the window's mean input embedding to the converter's output, so that training starts
+            from superposed words instead of noise.
+        converter_size: hidden units of the converter.
+        encoder_rank: rank of the encoder's LoRA matrices.
+        decoder_rank: rank of the decoder's; 0 leaves the decoder as it is.
+        lora_scale: factor of the LoRA branch (alpha / rank).
+        window: tokens encoded together; longer texts are encoded in pieces of this size.
+        window_alignment: "start"; "end" exists for checkpoints that were trained so.
+        pool_end_token: let the appended end token take part in the last window, as the authors do.
+        ratio_space: distances of the ratio selector.
+    """
+
+    features: Features = "mean_pool"
+    ratio_set: tuple[int, ...] = (2, 4, 8, 16, 32)
+    encoder_layers: int | None = None
+    bidirectional: bool = True
+    residual: bool = True
+    converter_size: int = 2048
+    encoder_rank: int = 32
+    decoder_rank: int = 16
+    lora_scale: float = 2.0
+    window: int = 512
+    window_alignment: WindowAlignment = "start"
+    pool_end_token: bool = False
+    ratio_space: RatioSpace = "log"
+
+    def __post_init__(self) -> None:
+        one_of("features", self.features, Features)
+        one_of("window_alignment", self.window_alignment, WindowAlignment)
+        one_of("ratio_space", self.ratio_space, RatioSpace)
+        ratios = tuple(self.ratio_set)
+        if not ratios or ratios[0] < 2 or list(ratios) != sorted({*ratios}):
+            raise ConfigError(f"ratio_set must be ascending whole numbers >= 2, got {list(ratios)}")
+        if any(ratio % ratios[0] or self.window % ratio for ratio in ratios):
+            raise ConfigError(
+                f"every ratio must be a multiple of the finest and divide the window of {self.window} tokens, "
+                f"got {list(ratios)}"
+            )
+        for name in ("converter_size", "encoder_rank", "window"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} must be >= 1, got {getattr(self, name)}")
+        if self.encoder_layers is not None and self.encoder_layers < 1:
+            raise ConfigError(f"encoder_layers must be >= 1, got {self.encoder_layers}; None takes all")
+
+
 def one_of(name: str, value: object, choices: Any) -> Any:
     """Return `value` if the `Literal` type `choices` lists it.
 
@@ -143,7 +201,7 @@ def check_target(budget: object, compression_ratio: object) -> None:
         )
 
 
-def to_dict(config: DASTConfig | DACConfig) -> dict[str, Any]:
+def to_dict(config: DASTConfig | DACConfig | SoftConfig) -> dict[str, Any]:
     """JSON-ready form; the class is rebuilt by `type(config)(**to_dict(config))`."""
     return {
         name: list(value) if isinstance(value, tuple) else value

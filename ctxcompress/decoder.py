@@ -9,6 +9,8 @@ import torch
 
 from ctxcompress.backbone import Backbone
 from ctxcompress.errors import InputError
+from ctxcompress.prompt import Ids, length, splice
+from ctxcompress.types import SoftTokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,22 +33,25 @@ class LocalDecoder:
         self._backbone = backbone
 
     @torch.inference_mode()
-    def generate(self, prompt: Sequence[int], *, max_new_tokens: int = 64) -> Completion:
+    def generate(self, prompt: Sequence[Ids | SoftTokens], *, max_new_tokens: int = 64) -> Completion:
         """Continue `prompt` until the model ends its turn.
 
         Raises:
             InputError: the prompt and the answer together exceed the model's window.
         """
-        window = self._backbone.window
-        if len(prompt) + max_new_tokens > window:
+        window, tokens = self._backbone.window, length(prompt)
+        if tokens + max_new_tokens > window:
             raise InputError(
-                f"prompt and answer must fit the model's window of {window} tokens, got {len(prompt)} + "
+                f"prompt and answer must fit the model's window of {window} tokens, got {tokens} + "
                 f"{max_new_tokens}; lower the budget or max_new_tokens"
             )
-        ids = torch.tensor([list(prompt)], device=self._backbone.device)
+        filled = [part.embeddings_MD if isinstance(part, SoftTokens) else part for part in prompt]
+        embeds_1TD = splice(filled, self._backbone.model.get_input_embeddings())[None]
         output = self._backbone.model.generate(
-            ids, attention_mask=torch.ones_like(ids), max_new_tokens=max_new_tokens, do_sample=False
+            inputs_embeds=embeds_1TD,
+            attention_mask=torch.ones(embeds_1TD.shape[:2], dtype=torch.long, device=embeds_1TD.device),
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
         )
-        new = output[0, len(prompt) :]
-        text = self._backbone.tokenizer.decode(new, skip_special_tokens=True).strip()
-        return Completion(text, len(prompt), len(new))
+        text = self._backbone.tokenizer.decode(output[0], skip_special_tokens=True).strip()
+        return Completion(text, tokens, len(output[0]))

@@ -17,6 +17,10 @@ class ModelError(CtxCompressError):
     """A model, tokenizer or calibration cannot be found or loaded."""
 
 
+class CheckpointError(CtxCompressError):
+    """An adapter cannot be used: of another base or version, incomplete, edited, or holding NaN."""
+
+
 class MissingExtraError(CtxCompressError, ImportError):
     """An optional dependency is not installed; the message names the extra that brings it."""
 

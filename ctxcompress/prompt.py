@@ -1,36 +1,102 @@
-"""Documents and a question -> token ids in the model's chat template, applied exactly once.
+"""Documents and a question -> segments in the model's chat template, applied exactly once -> embeddings.
 
-Control tokens come from the template only: whatever documents or questions contain is encoded as plain text.
+A segment is token ids, or whatever stands for a document: soft tokens, or a place to be filled in training.
+Control tokens come from the template only: what documents or questions contain is encoded as plain text.
+
+Shapes: B batch, T tokens, D hidden.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
 
 from ctxcompress.backbone import Backbone
 
+Soft = TypeVar("Soft")
+Ids = tuple[int, ...]
+
 _CONTENT = "<content-8f1d4c02>"
 QUESTION = "Question: {query}\nGive a short answer."
-QUESTION_ABOUT = "Context:\n{context}\n\nQuestion: {query}\nGive a short answer taken from the context."
+QUESTION_ABOUT = ("Context:\n", "\n\nQuestion: {query}\nGive a short answer taken from the context.")
+REPEAT = "\n\nRepeat the text above."
+CONTINUE = "\n\nContinue the text above."
+BETWEEN = "\n\n"
 
 
-def question_prompt(backbone: Backbone, query: str, documents: Sequence[str] = ()) -> list[int]:
-    """Token ids of a chat turn that asks `query` about `documents`; empty documents are left out."""
-    context = "\n\n".join(text for text in documents if text)
-    content = QUESTION_ABOUT.format(context=context, query=query) if context else QUESTION.format(query=query)
-    return chat_prompt(backbone, content)
+def question_prompt(backbone: Backbone, query: str, documents: Sequence[str | Soft] = ()) -> list[Ids | Soft]:
+    """Segments of a chat turn that asks `query` about `documents`; empty documents are left out."""
+    present = [document for document in documents if document != ""]
+    if not present:
+        return chat_prompt(backbone, [QUESTION.replace("{query}", query)])
+    before, after = QUESTION_ABOUT
+    return chat_prompt(backbone, [before, *between(present), after.replace("{query}", query)])
 
 
-def chat_prompt(backbone: Backbone, content: str) -> list[int]:
-    """Token ids of one user turn and the start of the assistant's; plain text if there is no template."""
+def between(documents: Sequence[str | Soft]) -> list[str | Soft]:
+    """The documents with a blank line between neighbours."""
+    return [part for document in documents for part in (BETWEEN, document)][1:]
+
+
+def chat_prompt(backbone: Backbone, content: Sequence[str | Soft]) -> list[Ids | Soft]:
+    """Segments of one user turn and the start of the assistant's; plain text if there is no template."""
     tokenizer = backbone.tokenizer
     if not tokenizer.chat_template:
-        start = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
-        return [*start, *backbone.encode(content + "\nAnswer:").ids]
+        head = () if tokenizer.bos_token_id is None else (tokenizer.bos_token_id,)
+        return _merged([head, *_encoded(backbone, [*content, "\nAnswer:"])])
     turn = [{"role": "user", "content": _CONTENT}]
-    # The template is rendered around a stand-in: its control tokens and the content never
-    before, after = tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True).split(
-        _CONTENT
+    # The template is rendered around a stand-in: its control tokens and the content never mix.
+    rendered = tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
+    head, tail = (
+        tuple(tokenizer(part, add_special_tokens=False)["input_ids"]) for part in rendered.split(_CONTENT)
     )
-    head, tail = (tokenizer(part, add_special_tokens=False)["input_ids"] for part in (before, after))
-    return [*head, *backbone.encode(content).ids, *tail]
+    return _merged([head, *_encoded(backbone, content), tail])
+
+
+def length(segments: Sequence[Any]) -> int:
+    """Tokens, raw and soft, of a prompt."""
+    return sum(len(segment) for segment in segments)
+
+
+def splice(segments: Sequence[Ids | Tensor], embed: torch.nn.Module) -> Tensor:
+    """(T, D) input embeddings of a prompt: looked up for token ids, taken as they are for soft tokens.
+
+    Args:
+        segments: token ids, or (M, D) embeddings.
+        embed: the decoder's input embedding.
+    """
+    table = embed.weight
+    return torch.cat(
+        [
+            segment.to(table)
+            if isinstance(segment, Tensor)
+            else embed(torch.tensor(segment, device=table.device))
+            for segment in segments
+            if len(segment)
+        ]
+    )
+
+
+def _encoded(backbone: Backbone, content: Sequence[str | Soft]) -> list[Ids | Soft]:
+    """Token ids for strings, neighbours encoded as one; the rest unchanged."""
+    joined: list[str | Soft] = []
+    for part in content:
+        if isinstance(part, str) and joined and isinstance(joined[-1], str):
+            joined[-1] += part
+        else:
+            joined.append(part)
+    return [backbone.encode(part).ids if isinstance(part, str) else part for part in joined]
+
+
+def _merged(segments: Sequence[Ids | Soft]) -> list[Ids | Soft]:
+    """Neighbouring token ids as one segment, so that equal prompts look equal."""
+    merged: list[Ids | Soft] = []
+    for segment in segments:
+        if isinstance(segment, tuple) and merged and isinstance(merged[-1], tuple):
+            merged[-1] = (*merged[-1], *segment)
+        else:
+            merged.append(segment)
+    return merged

@@ -6,9 +6,12 @@ import dataclasses
 import html
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from ctxcompress.errors import InputError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Span = tuple[int, int]
 """Half-open range of character positions in a document's original text."""
@@ -31,6 +34,26 @@ class Document:
     id: str = ""
     score: float | None = None
     metadata: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class SoftTokens:
+    """Embeddings that stand for many tokens, for one decoder.
+
+    Attributes:
+        embeddings_MD: (M, D) float; M soft tokens, in place of token embeddings.
+        tokens: original tokens they stand for.
+        ratio: compression ratio they were made at.
+        fingerprint: of the decoder that can read them; another one refuses them.
+    """
+
+    embeddings_MD: Tensor
+    tokens: int
+    ratio: int
+    fingerprint: str
+
+    def __len__(self) -> int:
+        return len(self.embeddings_MD)
 
 
 @dataclass(frozen=True, slots=True)

@@ -23,7 +23,7 @@ from ctxcompress.evaluate.metrics import bootstrap_interval, contains_answer, ex
 from ctxcompress.files import write_atomically
 from ctxcompress.methods.dac import Progress
 from ctxcompress.pipeline import ContextCompressor
-from ctxcompress.prompt import question_prompt
+from ctxcompress.prompt import length, question_prompt
 from ctxcompress.tasks import Question
 from ctxcompress.types import Document
 
@@ -186,7 +186,9 @@ def _record(
             "gold_first": any(gold and document.rank == 1 for document, gold in pairs),
         }
     backbone = compressor.backbone
-    room = backbone.window - config.max_new_tokens - len(question_prompt(backbone, question.question, ["."]))
+    room = (
+        backbone.window - config.max_new_tokens - length(question_prompt(backbone, question.question, ["."]))
+    )
     texts, cut = _within(backbone, texts, room)
     completion = LocalDecoder(backbone).generate(
         question_prompt(backbone, question.question, texts), max_new_tokens=config.max_new_tokens

@@ -1,0 +1,228 @@
+"""Adapters on disk: `config.json` + safetensors + a model card; saving and loading is the identity.
+
+    FOLDER/config.json                         what it is, the base it belongs to, hashes of the other files
+    FOLDER/encoder/adapter_model.safetensors   PEFT's layout, with adapter_config.json
+    FOLDER/decoder/adapter_model.safetensors   the same; serving engines load it as a LoRA adapter
+    FOLDER/converter.safetensors               converter, ratio head, learned tokens
+    FOLDER/README.md                           model card
+
+Nothing is pickled and no code is loaded.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ctxcompress.backbone import Backbone
+from ctxcompress.config import SoftConfig, to_dict
+from ctxcompress.errors import CheckpointError, ConfigError
+from ctxcompress.files import write_atomically
+from ctxcompress.soft import DECODER, ENCODER, LORA_TARGETS, SoftCompressor
+
+FORMAT = 1
+_PEFT_PREFIX = "base_model.model.model."
+_HOMES = {
+    "encoder": "encoder/adapter_model.safetensors",
+    "decoder_model": "decoder/adapter_model.safetensors",
+}
+_CONVERTER = "converter.safetensors"
+
+
+def save(
+    compressor: SoftCompressor,
+    folder: str | os.PathLike[str],
+    *,
+    dtype: torch.dtype | None = None,
+    card: str = "",
+    measured: dict[str, Any] | None = None,
+) -> None:
+    """Write a compressor's adapters; `config.json` comes last, so a folder with one is complete.
+
+    Args:
+        compressor: to save.
+        folder: made if missing; files in it are replaced.
+        dtype: of the file; None keeps the tensors' own.
+        card: text of the model card.
+        measured: figures that `mode="auto"` may consult: per ratio, the normalised score of each mode.
+    """
+    from safetensors.torch import save as to_bytes
+
+    path = Path(folder)
+    contents = {
+        name: to_bytes(tensors, metadata={"format": "pt"})
+        for name, tensors in _files(compressor, dtype).items()
+    }
+    for name in (ENCODER, DECODER):
+        if f"{name}/adapter_model.safetensors" in contents:
+            contents[f"{name}/adapter_config.json"] = _peft_config(compressor, name)
+    description = {
+        "format": FORMAT,
+        "base": {"name": compressor.base_name, "fingerprint": compressor.base_fingerprint},
+        "compressor": to_dict(compressor.config),
+        "measured": measured or {},
+        "files": {name: hashlib.sha256(content).hexdigest() for name, content in contents.items()},
+    }
+    contents["README.md"] = (card or _card(compressor)).encode()
+    for name, content in contents.items():
+        write_atomically(path / name, content)
+    write_atomically(path / "config.json", (json.dumps(description, indent=1) + "\n").encode())
+
+
+def load(base: Backbone, folder: str | os.PathLike[str], *, trainable: bool = False) -> SoftCompressor:
+    """Read adapters for `base`.
+
+    Args:
+        base: the model they were trained on.
+        folder: as `save` wrote it.
+        trainable: keep adapters in float32; otherwise they take the base's dtype, which is faster.
+
+    Raises:
+        CheckpointError: missing or changed files, another format or base, NaN, or a failed self-test.
+    """
+    path = Path(folder)
+    description = describe(path)
+    fingerprint = base.fingerprint
+    if description["base"]["fingerprint"] != fingerprint:
+        raise CheckpointError(
+            f"the adapter in {path} was trained on {description['base']['name']!r} "
+            f"({description['base']['fingerprint']}), got {base.name!r} ({fingerprint}); load that base, or "
+            "train an adapter for this one"
+        )
+    try:
+        config = SoftConfig(
+            **{
+                key: tuple(value) if isinstance(value, list) else value
+                for key, value in description["compressor"].items()
+            }
+        )
+    except (TypeError, ConfigError) as error:
+        raise CheckpointError(f"config.json in {path} does not describe a compressor: {error}") from error
+    compressor = SoftCompressor(base, config)
+    tensors: dict[str, Tensor] = {}
+    for name, digest in description["files"].items():
+        content = _verified(path / name, digest)
+        if name.endswith(".safetensors"):
+            tensors |= _named(name, content)
+    _fill(compressor, tensors, path)
+    compressor.finish(trainable=trainable)
+    return compressor
+
+
+def describe(folder: Path) -> dict[str, Any]:
+    """The content of a checkpoint's `config.json`.
+
+    Raises:
+        CheckpointError: none there, not one of ours, or of another format.
+    """
+    try:
+        description: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        if description["format"] != FORMAT:
+            raise CheckpointError(
+                f"the adapter in {folder} has format {description['format']}, this version reads {FORMAT}; "
+                "update ctxcompress, or train the adapter again"
+            )
+        for key in ("base", "compressor", "files"):
+            description[key].keys()
+    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+        raise CheckpointError(
+            f"an adapter folder with a config.json was expected at {folder}, got: {error!r}; check the path"
+        ) from error
+    return description
+
+
+def _files(compressor: SoftCompressor, dtype: torch.dtype | None) -> dict[str, dict[str, Tensor]]:
+    files: dict[str, dict[str, Tensor]] = {}
+    for name, parameter in compressor.trained():
+        part, _, rest = name.partition(".")
+        tensor = parameter.detach().to("cpu", dtype or parameter.dtype).contiguous()
+        if part in _HOMES:
+            adapter = ENCODER if part == "encoder" else DECODER
+            key = _PEFT_PREFIX + rest.removeprefix("model.").replace(f".{adapter}.weight", ".weight")
+            files.setdefault(_HOMES[part], {})[key] = tensor
+        else:
+            files.setdefault(_CONVERTER, {})[name] = tensor
+    return files
+
+
+def _named(name: str, content: bytes) -> dict[str, Tensor]:
+    """Tensors of a file under the compressor's own names."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load as from_bytes
+
+    try:
+        tensors: dict[str, Tensor] = from_bytes(content)
+    except SafetensorError as error:
+        raise CheckpointError(f"{name} must be a safetensors file, got: {error}; copy it again") from error
+    if name == _CONVERTER:
+        return tensors
+    adapter, part = (ENCODER, "encoder.") if name.startswith(ENCODER) else (DECODER, "decoder_model.model.")
+    return {
+        part + key.removeprefix(_PEFT_PREFIX).replace(".weight", f".{adapter}.weight"): tensor
+        for key, tensor in tensors.items()
+    }
+
+
+def _verified(path: Path, digest: str) -> bytes:
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise CheckpointError(
+            f"the adapter needs {path}, got: {error}; copy the whole folder again"
+        ) from error
+    if hashlib.sha256(content).hexdigest() != digest:
+        raise CheckpointError(
+            f"{path} is not what config.json says was saved: truncated or edited; copy the whole folder again"
+        )
+    return content
+
+
+def _fill(compressor: SoftCompressor, tensors: dict[str, Tensor], path: Path) -> None:
+    wanted = dict(compressor.trained())
+    if wanted.keys() != tensors.keys():
+        differing = sorted(wanted.keys() ^ tensors.keys())[:3]
+        raise CheckpointError(
+            f"the adapter in {path} does not fit its config.json: {differing} ...; copy it again"
+        )
+    with torch.no_grad():
+        for name, parameter in wanted.items():
+            if parameter.shape != tensors[name].shape or not torch.isfinite(tensors[name]).all():
+                raise CheckpointError(
+                    f"{name} of the adapter in {path} must be finite and of shape {tuple(parameter.shape)}, got "
+                    f"shape {tuple(tensors[name].shape)} or NaN; copy or train it again"
+                )
+            parameter.data = tensors[name].to(parameter.device)
+
+
+def _peft_config(compressor: SoftCompressor, name: str) -> bytes:
+    config = compressor.config
+    rank = config.encoder_rank if name == ENCODER else config.decoder_rank
+    content = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM" if name == DECODER else "FEATURE_EXTRACTION",
+        "base_model_name_or_path": compressor.base_name,
+        "r": rank,
+        "lora_alpha": config.lora_scale * rank,
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "target_modules": list(LORA_TARGETS),
+        "layers_to_transform": list(range(config.encoder_layers))
+        if name == ENCODER and config.encoder_layers
+        else None,
+        "inference_mode": True,
+    }
+    return (json.dumps(content, indent=1) + "\n").encode()
+
+
+def _card(compressor: SoftCompressor) -> str:
+    return (
+        f"---\nlibrary_name: ctxcompress\nbase_model: {compressor.base_name}\n---\n\n"
+        f"# Soft-token adapter for {compressor.base_name}\n\nLoad it with "
+        "`ContextCompressor.from_pretrained(BASE, adapter=FOLDER)`.\n"
+    )

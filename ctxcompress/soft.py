@@ -1,0 +1,371 @@
+"""Text -> soft tokens: one resident base model that wears two LoRA adapters, an encoder's and a decoder's.
+
+encode (once per text) -> pool (any ratio of the set) -> convert -> soft tokens for the decoder.
+
+The encoder is the first layers of the base, usually bidirectional; the decoder is the whole base. Both share the
+base's weights, so a compressor costs its adapters, not a second model.
+
+Shapes: B batch, T tokens, M soft tokens, D hidden.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ctxcompress.backbone import Backbone
+from ctxcompress.config import SoftConfig
+from ctxcompress.errors import CheckpointError, InputError
+from ctxcompress.pooling import pool, windows
+from ctxcompress.types import SoftTokens
+
+ENCODER, DECODER = "encoder", "decoder"
+LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+BATCH_TOKENS = 4096  # padded tokens of one encoder pass
+SPREAD = 3.0  # what the converter may add at first, in standard deviations of the embedding table
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Features:
+    """What the encoder keeps of texts, ready to be pooled further; padding has count 0.
+
+    Attributes:
+        states_BMD: encoder states, means over windows.
+        embeddings_BMD: input embeddings, means over the same windows.
+        counts_BM: tokens behind each mean.
+    """
+
+    states_BMD: Tensor
+    embeddings_BMD: Tensor
+    counts_BM: Tensor
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class EncodedText:
+    """One text at the finest ratio of the set, independent of any query and budget.
+
+    Attributes:
+        features: of one text, without the batch dimension and without padding.
+        ratio: the ratio these features were pooled at.
+        tokens: of the text.
+        log2_ratio: what the ratio head predicts, mean over the text's pieces.
+    """
+
+    features: Features
+    ratio: int
+    tokens: int
+    log2_ratio: float
+
+
+class Converter(nn.Module):
+    """Window means -> the decoder's embedding space: RMSNorm, Linear, GELU, Linear, and the residual.
+
+    Args:
+        hidden: size of encoder states.
+        inner: hidden units.
+        embedding: size of the decoder's embeddings.
+        scale: factor of the learned part at the start.
+        residual: add the window's mean input embedding.
+    """
+
+    def __init__(self, hidden: int, inner: int, embedding: int, scale: float, residual: bool) -> None:
+        super().__init__()
+        self.norm = nn.RMSNorm(hidden, eps=1e-6)
+        self.up = nn.Linear(hidden, inner, bias=False)
+        self.down = nn.Linear(inner, embedding, bias=False)
+        self.scale = nn.Parameter(torch.tensor(float(scale)))
+        self.residual = residual
+
+    def forward(self, features: Features) -> Tensor:
+        """Soft tokens (B, M, D) in float32; those of padding are finite and meaningless."""
+        inner_BMD = nn.functional.gelu(self.up(self.norm(features.states_BMD)))
+        soft_BMD: Tensor = self.scale * self.down(inner_BMD)
+        if self.residual:
+            # Means of n independent embeddings shrink with sqrt(n); the decoder expects the size of one.
+            soft_BMD = soft_BMD + features.embeddings_BMD * features.counts_BM.sqrt()[..., None]
+        return soft_BMD
+
+
+class SoftCompressor(nn.Module):
+    """Encoder, converter, ratio head, and the decoder they were trained for.
+
+    Args:
+        base: the resident model; its weights are shared, never changed.
+        config: what to build. Weights are fresh; `checkpoint.load` fills in trained ones.
+    """
+
+    def __init__(self, base: Backbone, config: SoftConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.base_name = base.name
+        depth, _ = base.layers_heads
+        layers = config.encoder_layers or depth
+        if layers > depth:
+            raise CheckpointError(
+                f"the encoder needs {layers} layers, {base.name} has {depth}; choose a base with more"
+            )
+        hidden = base.model.config.hidden_size
+        decoder = base.sharing()
+        self.encoder = base.sharing(layers)
+        _add_lora(self.encoder, ENCODER, config.encoder_rank, config.lora_scale)
+        if config.decoder_rank:
+            _add_lora(decoder, DECODER, config.decoder_rank, config.lora_scale)
+        self.decoder_model = decoder
+        table = base.model.get_input_embeddings().weight
+        spread = float(table.float().std())
+        device = table.device
+        with torch.device(device):
+            self.converter = Converter(
+                hidden,
+                config.converter_size,
+                hidden,
+                SPREAD * spread if config.residual else 1.0,
+                config.residual,
+            )
+            self.ratio_head = nn.Linear(hidden, 1)
+            if config.features == "compression_tokens":
+                memory = torch.randn(windows(config.window, config.ratio_set[0]), hidden) * spread
+                self.memory_MD = nn.Parameter(memory)
+        self.tokenizer = base.tokenizer
+        self.window = min(config.window, base.window - 1)
+        self.base_fingerprint = base.fingerprint
+        self.fingerprint = ""
+
+    @property
+    def device(self) -> torch.device:
+        """Where it computes."""
+        return self.ratio_head.weight.device
+
+    @property
+    def decoder(self) -> Backbone:
+        """The model that reads the soft tokens: the base under the decoder's adapter."""
+        return Backbone(self.decoder_model, self.tokenizer, name=self.base_name)
+
+    def finish(self, *, trainable: bool = False) -> None:
+        """After weights are in place: dtypes, the self-test, and the fingerprint soft tokens will carry.
+
+        Args:
+            trainable: adapters stay float32 and take gradients; otherwise they take the base's dtype, which is
+                faster.
+
+        Raises:
+            CheckpointError: the encoder does not see what its configuration says, or padding changes a text.
+        """
+        native = self.encoder.embed_tokens.weight.dtype
+        digest = hashlib.sha256(f"{self.base_fingerprint} {self.config}".encode())
+        self.requires_grad_(False)
+        for name, parameter in self.trained():
+            dtype = native if "lora_" in name and not trainable else torch.float32
+            parameter.data = parameter.data.to(dtype)
+            parameter.requires_grad_(trainable)
+            digest.update(parameter.detach().to("cpu", torch.bfloat16).view(torch.int16).numpy().tobytes())
+        self.fingerprint = digest.hexdigest()[:16]
+        self._test_attention()
+
+    @torch.inference_mode()
+    def _test_attention(self) -> None:
+        """Changing the last token must move the first state (if bidirectional), and padding must not."""
+        ids = [
+            token % self.encoder.embed_tokens.num_embeddings
+            for token in range(11, 11 + 4 * self.config.ratio_set[0])
+        ]
+        ratio = self.config.ratio_set[0]
+        alone, changed = (self.read([text], ratio)[0].states_BMD[0] for text in (ids, [*ids[:-1], 1]))
+        beside = self.read([ids, ids * 2], ratio)[0].states_BMD[0, : len(alone)]
+        size = float(alone.abs().max())
+        moved, padded = float((alone - changed)[0].abs().max()), float((alone - beside).abs().max())
+        if self.config.features == "mean_pool" and (moved > 1e-4 * size) != self.config.bidirectional:
+            raise CheckpointError(
+                f"the encoder must be {'bidirectional' if self.config.bidirectional else 'causal'}, but the last "
+                f"token moved the first state by {moved:.2g} of {size:.2g}; this transformers version treats "
+                "attention masks differently"
+            )
+        if not padded <= 0.05 * size:
+            raise CheckpointError(
+                f"padding changed a text's states by {padded:.2g} of {size:.2g}, or they are NaN"
+            )
+
+    def trained(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Names and values of everything that is not the base's."""
+        for name, parameter in self.named_parameters():
+            if "lora_" in name or name.split(".")[0] in {"converter", "ratio_head", "memory_MD"}:
+                yield name, parameter
+
+    @torch.inference_mode()
+    def encode(self, texts: Sequence[Sequence[int]], ratio: int | None = None) -> list[EncodedText]:
+        """Encode token ids, texts of similar length together.
+
+        Args:
+            texts: token ids of each; a text beyond the window is encoded in pieces that start at multiples of
+                it, so that windows of all ratios stay whole.
+            ratio: pool at this ratio; None takes the finest, from which coarser ones follow exactly. Features
+                other than "mean_pool" depend on the ratio and must be told.
+
+        Returns:
+            One result per text, in order; an empty text has no windows.
+        """
+        ratio = self._checked(ratio)
+        size = self.window - self.window % self.config.ratio_set[-1] or self.window
+        pieces = [
+            (text, start) for text, ids in enumerate(texts) for start in range(0, max(len(ids), 1), size)
+        ]
+        done: dict[tuple[int, int], tuple[Features, float]] = {}
+        for batch in _batches(pieces, lambda piece: min(len(texts[piece[0]]) - piece[1], size)):
+            ids = [texts[text][start : start + size] for text, start in batch]
+            features, log2_B = self.read(ids, ratio)
+            for row, piece in enumerate(batch):
+                count = windows(len(ids[row]) + self.config.pool_end_token, ratio)
+                parts = (features.states_BMD, features.embeddings_BMD, features.counts_BM)
+                # A copy: a view would keep the whole padded batch alive.
+                done[piece] = Features(*(part[row, :count].clone() for part in parts)), float(log2_B[row])
+        return [self._joined(text, ids, ratio, size, done) for text, ids in enumerate(texts)]
+
+    def soft_tokens(self, encoded: EncodedText, ratio: int) -> SoftTokens:
+        """Pool an encoded text to `ratio` and convert it for the decoder.
+
+        Raises:
+            InputError: a ratio outside the set, or not a multiple of the encoded one.
+        """
+        self._checked(ratio)
+        if ratio % encoded.ratio or (ratio != encoded.ratio and self.config.features != "mean_pool"):
+            raise InputError(
+                f"features encoded at ratio {encoded.ratio} cannot become ratio {ratio}; encode the text again"
+            )
+        with torch.inference_mode():
+            pooled = self.pooled(encoded.features, ratio // encoded.ratio)
+            soft_MD = self.converter(pooled).to(self.encoder.embed_tokens.weight.dtype)
+        if not torch.isfinite(soft_MD).all():
+            raise CheckpointError("soft tokens are not finite: the adapter or the text's states hold NaN")
+        return SoftTokens(soft_MD, encoded.tokens, ratio, self.fingerprint)
+
+    def pooled(self, features: Features, factor: int) -> Features:
+        """Features with `factor` neighbouring windows made one."""
+        alignment = self.config.window_alignment
+        states_BMD, counts_BM = pool(features.states_BMD, features.counts_BM, factor, alignment)
+        embeddings_BMD, _ = pool(features.embeddings_BMD, features.counts_BM, factor, alignment)
+        return Features(states_BMD, embeddings_BMD, counts_BM)
+
+    def read(self, texts: Sequence[Sequence[int]], ratio: int) -> tuple[Features, Tensor]:
+        """One differentiable encoder pass: features at `ratio`, and the predicted log2 ratio of each text.
+
+        Args:
+            texts: token ids of each, at most `window` tokens.
+            ratio: of the set.
+
+        Returns:
+            Features padded to the longest text, and (B,) float32.
+        """
+        embed = self.encoder.embed_tokens
+        lengths = [len(ids) for ids in texts]
+        memories = [windows(n, ratio) if self.config.features == "compression_tokens" else 0 for n in lengths]
+        ids_BT = _padded(
+            [torch.tensor([*ids, self.tokenizer.eos_token_id], device=self.device) for ids in texts]
+        )
+        embeddings_BTD = embed(ids_BT)
+        if any(memories):
+            embeddings_BTD = _padded(
+                [
+                    torch.cat([row[:n], self.memory_MD[:m].to(row.dtype), row[n : n + 1]])
+                    for row, n, m in zip(embeddings_BTD, lengths, memories, strict=True)
+                ]
+            )
+        ends_B = torch.tensor(lengths, device=self.device) + torch.tensor(memories, device=self.device)
+        places_T = torch.arange(embeddings_BTD.shape[1], device=self.device)
+        hidden_BTD = self.encoder(
+            inputs_embeds=embeddings_BTD,
+            attention_mask=self._mask(places_T, ends_B),
+            use_cache=False,
+        ).last_hidden_state.float()
+        rows_B = torch.arange(len(texts), device=self.device)
+        log2_B = (
+            self.ratio_head(hidden_BTD[rows_B, ends_B].to(self.ratio_head.weight.dtype)).squeeze(-1).float()
+        )
+        return self._features(hidden_BTD, embeddings_BTD.float(), places_T, lengths, ends_B, ratio), log2_B
+
+    def _features(
+        self,
+        hidden_BTD: Tensor,
+        embeddings_BTD: Tensor,
+        places_T: Tensor,
+        lengths: Sequence[int],
+        ends_B: Tensor,
+        ratio: int,
+    ) -> Features:
+        if self.config.features == "mean_pool":
+            stops_B = ends_B + 1 if self.config.pool_end_token else ends_B
+            counts_BT = (places_T < stops_B[:, None]).float()
+            return self.pooled(Features(hidden_BTD, embeddings_BTD, counts_BT), ratio)
+        # The last M states: of the text itself, or of the memory tokens that stand between text and end token.
+        counts = [windows(length, ratio) for length in lengths]
+        ends = ends_B.tolist()
+
+        def last(states_BTD: Tensor) -> Tensor:
+            return _padded([row[end - m : end] for row, end, m in zip(states_BTD, ends, counts, strict=True)])
+
+        return Features(
+            last(hidden_BTD),
+            last(embeddings_BTD),
+            _padded([torch.ones(m, device=self.device) for m in counts]),
+        )
+
+    def _mask(self, places_T: Tensor, ends_B: Tensor) -> Tensor:
+        """(B, 1, T, T) bool, True where a query may look; explicit, since flags are ignored by some kernels."""
+        seen_BT = places_T <= ends_B[:, None]
+        mask_B1TT = seen_BT[:, None, None, :].expand(-1, 1, len(places_T), -1)
+        return mask_B1TT if self.config.bidirectional else mask_B1TT & (places_T <= places_T[:, None])
+
+    def _checked(self, ratio: int | None) -> int:
+        if ratio is None and self.config.features == "mean_pool":
+            return self.config.ratio_set[0]
+        if ratio not in self.config.ratio_set:
+            raise InputError(
+                f"the ratio must be one of {list(self.config.ratio_set)}, got {ratio}; choose one of these, or "
+                "train an adapter with it"
+            )
+        return ratio
+
+    def _joined(
+        self,
+        text: int,
+        ids: Sequence[int],
+        ratio: int,
+        size: int,
+        done: dict[tuple[int, int], tuple[Features, float]],
+    ) -> EncodedText:
+        pieces = [done[text, start] for start in range(0, max(len(ids), 1), size)]
+        features = Features(
+            torch.cat([piece.states_BMD for piece, _ in pieces]),
+            torch.cat([piece.embeddings_BMD for piece, _ in pieces]),
+            torch.cat([piece.counts_BM for piece, _ in pieces]),
+        )
+        return EncodedText(features, ratio, len(ids), sum(log2 for _, log2 in pieces) / len(pieces))
+
+
+def _add_lora(model: nn.Module, name: str, rank: int, scale: float) -> None:
+    from peft import LoraConfig, inject_adapter_in_model
+
+    config = LoraConfig(
+        r=rank, lora_alpha=round(scale * rank), target_modules=list(LORA_TARGETS), use_rslora=False
+    )
+    inject_adapter_in_model(config, model, adapter_name=name)
+
+
+def _padded(rows: Sequence[Tensor]) -> Tensor:
+    return nn.utils.rnn.pad_sequence(list(rows), batch_first=True)
+
+
+def _batches(pieces: list[tuple[int, int]], length: Any) -> Iterator[list[tuple[int, int]]]:
+    """Pieces of similar length together, so that little of a batch is padding."""
+    batch: list[tuple[int, int]] = []
+    for piece in sorted(pieces, key=length):
+        if batch and (length(piece) + 1) * (len(batch) + 1) > BATCH_TOKENS:
+            yield batch
+            batch = []
+        batch.append(piece)
+    if batch:
+        yield batch

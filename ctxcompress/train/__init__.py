@@ -1,0 +1,1 @@
+"""Training of soft compressors: recipe -> samples -> losses -> loop."""

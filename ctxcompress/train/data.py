@@ -1,0 +1,199 @@
+"""Files -> samples -> batches, without state: batch number n of a run is a function of the seed and n.
+
+So a run that is taken up again, on one process or eight, sees what it would have seen.
+"""
+
+from __future__ import annotations
+
+import json
+import lzma
+import random
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from ctxcompress.backbone import Backbone
+from ctxcompress.errors import InputError
+from ctxcompress.prompt import CONTINUE, REPEAT, Ids, chat_prompt, question_prompt
+from ctxcompress.train.recipe import Recipe
+
+CANDIDATES = 4  # a batch of questions is cut from this many times its size, sorted by length
+ATTEMPTS = 100  # records tried for one sample before the data is called unsuitable
+
+
+@dataclass(frozen=True, slots=True)
+class Slot:
+    """Where a document's soft tokens, or its raw tokens, stand in a prompt."""
+
+    document: int
+
+    def __len__(self) -> int:
+        return 1
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """One prompt with places for documents, and what the decoder should say.
+
+    Attributes:
+        documents: token ids of each.
+        prompt: token ids and slots.
+        target: token ids of the answer, with the end of the turn.
+    """
+
+    documents: tuple[Ids, ...]
+    prompt: tuple[Ids | Slot, ...]
+    target: Ids
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Samples that are trained together: one objective, one ratio."""
+
+    objective: str
+    ratio: int
+    samples: tuple[Sample, ...]
+
+
+class Samples:
+    """All batches of a run.
+
+    Args:
+        recipe: files, objectives, ratios, lengths, seed.
+        backbone: its tokenizer and chat template.
+    """
+
+    def __init__(self, recipe: Recipe, backbone: Backbone) -> None:
+        self._recipe = recipe
+        self._backbone = backbone
+        self._end = _end_of_turn(backbone)
+
+    def batch(self, number: int) -> Batch:
+        """Batch `number` of the run, >= 0."""
+        recipe = self._recipe
+        draw = random.Random(f"{recipe.seed} batch {number}")
+        (objective,) = draw.choices(list(recipe.objectives), list(recipe.objectives.values()))
+        (ratio,) = draw.choices(list(recipe.ratios), list(recipe.ratios.values()))
+        if objective == "answer":
+            candidates = [self._question(draw) for _ in range(CANDIDATES * recipe.batch_size)]
+            candidates.sort(key=lambda sample: sum(map(len, sample.documents)))
+            first = draw.randrange(len(candidates) - recipe.batch_size + 1)
+            samples = candidates[first : first + recipe.batch_size]
+        else:
+            # One length for the whole batch, drawn evenly in its logarithm: hardly any padding.
+            shortest, longest = recipe.tokens
+            tokens = round(shortest * (longest / shortest) ** draw.random())
+            samples = [self._text(draw, objective, tokens) for _ in range(recipe.batch_size)]
+        return Batch(objective, ratio, tuple(samples))
+
+    def _text(self, draw: random.Random, objective: str, tokens: int) -> Sample:
+        wanted = tokens if objective == "reconstruction" else 2 * tokens
+        for _ in range(ATTEMPTS):
+            text = draw.choice(self._texts)
+            # Six characters a token is more than English needs: cut before encoding, not after.
+            start = draw.randrange(max(len(text) - 6 * wanted, 0) + 1)
+            start = _word_start(text, start)
+            ids = self._backbone.encode(text[start : start + 6 * wanted]).ids
+            if len(ids) >= wanted:
+                break
+        else:
+            raise InputError(
+                f"no text of {wanted} tokens in {ATTEMPTS} draws from {self._recipe.texts}; lower tokens"
+            )
+        document, rest = ids[:tokens], ids[tokens:wanted]
+        if objective == "reconstruction":
+            return self._sample([document], [Slot(0), REPEAT], (*document, *self._end))
+        return self._sample([document], [Slot(0), CONTINUE], rest)
+
+    def _question(self, draw: random.Random) -> Sample:
+        recipe = self._recipe
+        for _ in range(ATTEMPTS):
+            record = draw.choice(self._questions)
+            gold = [document for document in record["documents"] if document.get("is_gold")]
+            if not record["answers"] or not gold:
+                continue
+            documents = [_shown(document) for document in gold]
+            others = [text for text in self._others(record, documents) if text not in documents]
+            count = draw.randint(*recipe.documents)
+            documents += draw.sample(others, min(max(count - len(documents), 0), len(others)))
+            draw.shuffle(documents)
+            ids = [self._backbone.encode(document).ids for document in documents]
+            if max(map(len, ids)) <= recipe.longest_document:
+                break
+        else:
+            raise InputError(
+                f"no question with documents of at most {recipe.longest_document} tokens in {ATTEMPTS} draws from "
+                f"{recipe.questions}; raise longest_document"
+            )
+        answer = self._backbone.encode(draw.choice(record["answers"])).ids
+        prompt = question_prompt(
+            self._backbone, record["question"], [Slot(place) for place in range(len(ids))]
+        )
+        return Sample(tuple(ids), tuple(prompt), (*answer, *self._end))
+
+    def _sample(self, documents: Sequence[Ids], content: Sequence[str | Slot], target: Ids) -> Sample:
+        return Sample(tuple(documents), tuple(chat_prompt(self._backbone, content)), target)
+
+    def _others(self, record: dict[str, Any], gold: Sequence[str]) -> list[str]:
+        """Documents of the question, then of its title, that hold none of the answers."""
+        listed = [_shown(document) for document in record["documents"] if not document.get("is_gold")]
+        title = record["documents"][0].get("title", "")
+        answers = [answer.casefold() for answer in record["answers"]]
+        return [
+            text
+            for text in dict.fromkeys([*listed, *self._by_title.get(title, ())])
+            if not any(answer in text.casefold() for answer in answers)
+        ]
+
+    @cached_property
+    def _texts(self) -> list[str]:
+        return [record["text"] for file in self._recipe.texts for record in read_lines(file, "text")]
+
+    @cached_property
+    def _questions(self) -> list[dict[str, Any]]:
+        return [record for file in self._recipe.questions for record in read_lines(file, "documents")]
+
+    @cached_property
+    def _by_title(self) -> dict[str, list[str]]:
+        by_title: dict[str, dict[str, None]] = defaultdict(dict)
+        for record in self._questions:
+            for document in record["documents"]:
+                by_title[document.get("title", "")][_shown(document)] = None
+        return {title: list(texts) for title, texts in by_title.items() if title}
+
+
+def read_lines(file: str, key: str) -> list[dict[str, Any]]:
+    """Records of a JSON-lines file, plain or xz-compressed, that all have `key`.
+
+    Raises:
+        InputError: unreadable, or a line without the key.
+    """
+    try:
+        content = Path(file).read_bytes()
+        lines = (lzma.decompress(content) if file.endswith(".xz") else content).decode().splitlines()
+        records = [json.loads(line) for line in lines if line.strip()]
+    except (OSError, ValueError, lzma.LZMAError) as error:
+        raise InputError(
+            f"training data (.jsonl or .jsonl.xz) was expected at {file}, got: {error}"
+        ) from error
+    if not records or any(not isinstance(record, dict) or key not in record for record in records):
+        raise InputError(f"every line of {file} must be an object with {key!r}")
+    return records
+
+
+def _shown(document: dict[str, Any]) -> str:
+    """A document as `ctxcompress evaluate` shows it: its title above its text."""
+    title = document.get("title", "")
+    return f"{title}\n{document['text']}" if title else document["text"]
+
+
+def _word_start(text: str, start: int) -> int:
+    space = text.find(" ", start - 1) if start else 0
+    return space + 1 if start and space >= 0 else 0
+
+
+def _end_of_turn(backbone: Backbone) -> Ids:
+    return (backbone.tokenizer.eos_token_id,)

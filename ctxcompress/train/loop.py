@@ -1,0 +1,198 @@
+"""The training loop: batches -> steps -> adapters, on a CPU, a GPU, or many through `accelerate launch`.
+
+    OUTPUT/recipe.json        what made the run
+    OUTPUT/metrics.jsonl      one line per step
+    OUTPUT/checkpoint-N/      adapters in float32 and the optimizer's moments after N steps; the newest stays
+    OUTPUT/adapter/           the adapters of the last step in the base's dtype, ready to be loaded
+
+Learning rate, samples and dropout are functions of the seed and the step, so adapters, moments and a step number
+are all that is needed to go on exactly.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ctxcompress import checkpoint
+from ctxcompress.backbone import Backbone
+from ctxcompress.errors import CheckpointError, MissingExtraError
+from ctxcompress.files import write_atomically
+from ctxcompress.methods.dac import Progress
+from ctxcompress.soft import SoftCompressor
+from ctxcompress.train.data import Samples
+from ctxcompress.train.losses import Objective
+from ctxcompress.train.recipe import Recipe
+
+_MOMENTS = "optimizer.safetensors"
+
+
+def train(recipe: Recipe, progress: Progress | None = None) -> SoftCompressor:
+    """Run a recipe to its end, or take it up after its newest checkpoint.
+
+    Args:
+        recipe: what to do.
+        progress: told after every step.
+
+    Returns:
+        The trained compressor.
+
+    Raises:
+        MissingExtraError: accelerate is not installed.
+        CheckpointError: the output folder holds a run of another recipe.
+    """
+    try:
+        from accelerate import Accelerator
+    except ModuleNotFoundError as error:
+        raise MissingExtraError("accelerate", "train") from error
+    accelerator = Accelerator(
+        gradient_accumulation_steps=recipe.accumulation,
+        log_with="tensorboard" if recipe.tensorboard else None,
+        project_dir=recipe.output,
+    )
+    output = Path(recipe.output)
+    if accelerator.is_main_process:
+        _claim(output, recipe)
+    accelerator.wait_for_everyone()
+    if recipe.tensorboard:
+        accelerator.init_trackers("ctxcompress")
+    base = Backbone.from_pretrained(recipe.base, device=accelerator.device)
+    compressor, moments, first = _begun(base, recipe, output)
+    model = Objective(compressor, recipe.distillation)
+    names = dict(compressor.trained())
+    optimizer = torch.optim.AdamW(
+        names.values(), lr=recipe.learning_rate, betas=recipe.betas, weight_decay=recipe.weight_decay
+    )
+    _restore(optimizer, names, moments)
+    model, optimizer = accelerator.prepare(model, optimizer)
+    samples = Samples(recipe, base)
+    for step in range(first, recipe.steps):
+        started = time.perf_counter()
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(recipe, step)
+        figures: dict[str, Any] = {}
+        for part in range(recipe.accumulation):
+            place = (
+                step * recipe.accumulation + part
+            ) * accelerator.num_processes + accelerator.process_index
+            batch = samples.batch(place)
+            with accelerator.accumulate(model):
+                losses = model(batch)
+                accelerator.backward(losses["loss"])
+                if accelerator.sync_gradients:
+                    figures["gradient"] = float(accelerator.clip_grad_norm_(model.parameters(), recipe.clip))
+                optimizer.step()
+                optimizer.zero_grad()
+            figures |= {"objective": batch.objective, "ratio": batch.ratio, **_numbers(losses)}
+        if accelerator.is_main_process:
+            rate, seconds = learning_rate(recipe, step), time.perf_counter() - started
+            figures = {"step": step, **figures, "lr": rate, "seconds": seconds}
+            _log(output, figures)
+            if recipe.tensorboard:
+                accelerator.log(
+                    {key: value for key, value in figures.items() if key != "objective"}, step=step
+                )
+            if (step + 1) % recipe.save_every == 0 or step + 1 == recipe.steps:
+                _save(output, compressor, optimizer, step + 1)
+        if progress is not None:
+            progress("training", step + 1, recipe.steps)
+    if recipe.tensorboard:
+        accelerator.end_training()
+    compressor.finish()
+    if accelerator.is_main_process:
+        checkpoint.save(compressor, output / "adapter")
+    accelerator.wait_for_everyone()
+    return compressor
+
+
+def learning_rate(recipe: Recipe, step: int) -> float:
+    """Linear warm-up, then a cosine down to `final_learning_rate` of the highest at the last step."""
+    if step < recipe.warmup:
+        return recipe.learning_rate * (step + 1) / recipe.warmup
+    part = (step - recipe.warmup) / max(recipe.steps - recipe.warmup, 1)
+    low = recipe.final_learning_rate
+    return recipe.learning_rate * (low + (1 - low) * (1 + math.cos(math.pi * part)) / 2)
+
+
+def _begun(base: Backbone, recipe: Recipe, output: Path) -> tuple[SoftCompressor, dict[str, Tensor], int]:
+    """The compressor after the newest checkpoint, the optimizer's moments, and the number of steps done."""
+    from safetensors.torch import load_file
+
+    done = _newest(output)
+    if done is not None:
+        compressor = checkpoint.load(base, done, trainable=True)
+        return compressor, load_file(done / _MOMENTS), int(done.name.rpartition("-")[2])
+    if recipe.start:
+        return checkpoint.load(base, recipe.start, trainable=True), {}, 0
+    torch.manual_seed(recipe.seed)
+    compressor = SoftCompressor(base, recipe.compressor)
+    compressor.finish(trainable=True)
+    return compressor, {}, 0
+
+
+def _claim(output: Path, recipe: Recipe) -> None:
+    """Write the recipe into its folder, or see that the same one is there; drop steps that were not saved."""
+    file, described = output / "recipe.json", recipe.to_json()
+    if file.exists() and file.read_text(encoding="utf-8") != described:
+        raise CheckpointError(
+            f"{output} holds a run of another recipe (see recipe.json there); choose another output, or give its "
+            "adapter folder as start"
+        )
+    write_atomically(file, described.encode())
+    newest = _newest(output)
+    done = int(newest.name.rpartition("-")[2]) if newest else 0
+    metrics = output / "metrics.jsonl"
+    if metrics.exists():
+        lines = metrics.read_text(encoding="utf-8").splitlines()[:done]
+        write_atomically(metrics, "".join(line + "\n" for line in lines).encode())
+
+
+def _newest(output: Path) -> Path | None:
+    complete = [folder for folder in output.glob("checkpoint-*") if (folder / "config.json").exists()]
+    return max(complete, key=lambda folder: int(folder.name.rpartition("-")[2]), default=None)
+
+
+def _save(output: Path, compressor: SoftCompressor, optimizer: Any, step: int) -> None:
+    """Moments first, adapters with their `config.json` last; only then the older checkpoints go."""
+    from safetensors.torch import save as to_bytes
+
+    folder = output / f"checkpoint-{step}"
+    state = optimizer.state_dict()["state"]
+    tensors = {
+        f"{key}.{name}": state[place][key].cpu()
+        for place, (name, _) in enumerate(compressor.trained())
+        if place in state
+        for key in ("exp_avg", "exp_avg_sq", "step")
+    }
+    write_atomically(folder / _MOMENTS, to_bytes(tensors))
+    checkpoint.save(compressor, folder)
+    for older in output.glob("checkpoint-*"):
+        if older != folder:
+            shutil.rmtree(older)
+
+
+def _restore(optimizer: torch.optim.Optimizer, names: dict[str, Any], moments: dict[str, Tensor]) -> None:
+    for name, parameter in names.items():
+        state = {
+            key: moments[f"{key}.{name}"].to(parameter.device if key != "step" else "cpu")
+            for key in ("exp_avg", "exp_avg_sq", "step")
+            if f"{key}.{name}" in moments
+        }
+        if state:
+            optimizer.state[parameter] = state
+
+
+def _numbers(losses: dict[str, Tensor]) -> dict[str, float]:
+    return {name: float(value.detach()) for name, value in losses.items()}
+
+
+def _log(output: Path, figures: dict[str, Any]) -> None:
+    with (output / "metrics.jsonl").open("a", encoding="utf-8") as stream:
+        stream.write(json.dumps(figures) + "\n")
