@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from ctxcompress.config import AllocatorName, DACConfig, DASTConfig, Mode
     from ctxcompress.decoder import LocalDecoder
     from ctxcompress.errors import (
+        CheckpointError,
         ConfigError,
         CtxCompressError,
         InputError,
@@ -35,6 +36,7 @@ _HOMES = {
     "Calibration": "calibration",
     "CompressedDocument": "types",
     "CompressionResult": "types",
+    "CheckpointError": "errors",
     "ConfigError": "errors",
     "ContextCompressor": "pipeline",
     "CtxCompressError": "errors",
@@ -57,6 +59,7 @@ __all__ = [
     "Answer",
     "Backbone",
     "Calibration",
+    "CheckpointError",
     "CompressedDocument",
     "CompressionResult",
     "ConfigError",

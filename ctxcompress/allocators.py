@@ -45,14 +45,14 @@ class Allocator(Protocol):
 
 
 class Uniform:
-    """Every document the same."""
+    """Every document the same ratio: shares follow lengths."""
 
     needs_query = False
 
     def worth(self, request: Request) -> Worth:
         """See `Allocator`."""
-        count = len(request.documents)
-        return Worth(torch.full((count,), 1 / count, dtype=torch.float64))
+        lengths_N = torch.tensor([len(ids) for ids in request.ids], dtype=torch.float64)
+        return Worth(lengths_N / lengths_N.sum())
 
 
 class Random:

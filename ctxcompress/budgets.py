@@ -87,7 +87,9 @@ def _rounded(amounts_N: Tensor, shares_N: Tensor, budget: int, high_N: Tensor) -
     return counts_N
 
 
-def reallocate(shares_N: Tensor, budget: int, sizes: Sequence[int]) -> tuple[Tensor, int]:
+def reallocate(
+    shares_N: Tensor, budget: int, sizes: Sequence[int] | Sequence[Sequence[int]]
+) -> tuple[Tensor, int]:
     """Give every document one of the legal sizes, as close to its share of `budget` as the total allows.
 
     DAST Algorithm 1 in a reading that terminates: snap to the nearest size in tokens (ties to the smaller);
@@ -96,8 +98,9 @@ def reallocate(shares_N: Tensor, budget: int, sizes: Sequence[int]) -> tuple[Ten
 
     Args:
         shares_N: (N,) float, >= 0; sums to 1.
-        budget: most tokens in total, >= N * the smallest size.
-        sizes: legal sizes, e.g. chunk length / ratio for every ratio of the set.
+        budget: most tokens in total, >= the sum of the smallest sizes.
+        sizes: legal sizes, e.g. chunk length / ratio for every ratio of the set; one list for all documents,
+            or one for each when they differ in length. 0 lets a document be dropped.
 
     Returns:
         (N,) int64 sizes, and the tokens of the budget that no step fits; counts + unused = budget.
@@ -109,39 +112,50 @@ def reallocate(shares_N: Tensor, budget: int, sizes: Sequence[int]) -> tuple[Ten
         >>> reallocate(torch.tensor([0.15, 0.20, 0.50, 0.15]), 48, [2, 4, 8, 16, 32])[0].tolist()
         [8, 16, 16, 8]
     """
-    legal = sorted(set(sizes))
-    if not legal or legal[0] < 1:
-        raise InputError(f"sizes must be positive whole numbers, got {list(sizes)}")
     scores = shares_N.double().tolist()
-    if budget < len(scores) * legal[0]:
+    legal = [sorted(set(own)) for own in _per_document(sizes, len(scores))]
+    if any(not own or own[0] < 0 for own in legal):
+        raise InputError(f"sizes must be whole numbers >= 0, got {list(sizes)}")
+    least = sum(own[0] for own in legal)
+    if budget < least:
         raise InputError(
-            f"budget must be >= {len(scores) * legal[0]} ({len(scores)} documents of at least {legal[0]} "
-            f"tokens), got {budget}; raise it or allow a smaller size"
+            f"budget must be >= {least} tokens, the smallest sizes of {len(scores)} documents, got {budget}; "
+            "raise it, pass fewer documents, or allow a smaller size"
         )
-    steps = [min(range(len(legal)), key=lambda step: abs(legal[step] - budget * score)) for score in scores]
-    spare = budget - sum(legal[step] for step in steps)
+    steps = [
+        min(range(len(own)), key=lambda step: abs(own[step] - budget * score))
+        for own, score in zip(legal, scores, strict=True)
+    ]
+    spare = budget - sum(own[step] for own, step in zip(legal, steps, strict=True))
     spare = _stepped_down(steps, scores, legal, spare)
     by_score = sorted(range(len(scores)), key=lambda document: -scores[document])
     while (left := _swept_up(steps, by_score, legal, spare)) != spare:
         spare = left
-    return torch.tensor([legal[step] for step in steps], dtype=torch.int64), spare
+    counts = [own[step] for own, step in zip(legal, steps, strict=True)]
+    return torch.tensor(counts, dtype=torch.int64), spare
 
 
-def _stepped_down(steps: list[int], scores: list[float], legal: list[int], spare: int) -> int:
+def _per_document(sizes: Sequence[int] | Sequence[Sequence[int]], count: int) -> list[Sequence[int]]:
+    common = [size for size in sizes if isinstance(size, int)]
+    own = [size for size in sizes if not isinstance(size, int)]
+    return list(own) if own else [common] * count
+
+
+def _stepped_down(steps: list[int], scores: list[float], legal: list[list[int]], spare: int) -> int:
     """Make the lowest-scored documents smaller, in place, until nothing is overspent."""
     while spare < 0:
         shrinkable = [document for document, step in enumerate(steps) if step > 0]
         lowest = min(shrinkable, key=lambda document: (scores[document], -document))
-        spare += legal[steps[lowest]] - legal[steps[lowest] - 1]
+        spare += legal[lowest][steps[lowest]] - legal[lowest][steps[lowest] - 1]
         steps[lowest] -= 1
     return spare
 
 
-def _swept_up(steps: list[int], by_score: list[int], legal: list[int], spare: int) -> int:
+def _swept_up(steps: list[int], by_score: list[int], legal: list[list[int]], spare: int) -> int:
     """One step up, in place, for every document whose step still fits, best first."""
     for document in by_score:
-        step = steps[document]
-        if step + 1 < len(legal) and legal[step + 1] - legal[step] <= spare:
-            spare -= legal[step + 1] - legal[step]
+        own, step = legal[document], steps[document]
+        if step + 1 < len(own) and own[step + 1] - own[step] <= spare:
+            spare -= own[step + 1] - own[step]
             steps[document] += 1
     return spare

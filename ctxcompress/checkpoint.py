@@ -96,12 +96,7 @@ def load(base: Backbone, folder: str | os.PathLike[str], *, trainable: bool = Fa
             "train an adapter for this one"
         )
     try:
-        config = SoftConfig(
-            **{
-                key: tuple(value) if isinstance(value, list) else value
-                for key, value in description["compressor"].items()
-            }
-        )
+        config = SoftConfig.from_dict(description["compressor"])
     except (TypeError, ConfigError) as error:
         raise CheckpointError(f"config.json in {path} does not describe a compressor: {error}") from error
     compressor = SoftCompressor(base, config)
@@ -113,6 +108,12 @@ def load(base: Backbone, folder: str | os.PathLike[str], *, trainable: bool = Fa
     _fill(compressor, tensors, path)
     compressor.finish(trainable=trainable)
     return compressor
+
+
+def shipped() -> Path | None:
+    """Folder of the embedded model's adapter, if this installation has it."""
+    folder = Path(__file__).parent / "adapter"
+    return folder if (folder / "config.json").exists() else None
 
 
 def describe(folder: Path) -> dict[str, Any]:
@@ -194,8 +195,8 @@ def _fill(compressor: SoftCompressor, tensors: dict[str, Tensor], path: Path) ->
         for name, parameter in wanted.items():
             if parameter.shape != tensors[name].shape or not torch.isfinite(tensors[name]).all():
                 raise CheckpointError(
-                    f"{name} of the adapter in {path} must be finite and of shape {tuple(parameter.shape)}, got "
-                    f"shape {tuple(tensors[name].shape)} or NaN; copy or train it again"
+                    f"{name} of the adapter in {path} must be finite and of shape {tuple(parameter.shape)}, "
+                    f"got shape {tuple(tensors[name].shape)} or NaN; copy or train it again"
                 )
             parameter.data = tensors[name].to(parameter.device)
 

@@ -1,4 +1,4 @@
-"""ctxcompress compress | ask | evaluate | calibrate: the library on the command line.
+"""ctxcompress compress | ask | evaluate | calibrate | train: the library on the command line.
 
 Results go to standard output, everything else (progress, tables beside plain text, errors) to standard error.
 """
@@ -12,7 +12,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from rich.console import Console
@@ -55,9 +55,16 @@ Budget = Annotated[
     int | None, typer.Option(help="Most tokens of all documents together. Give this or --ratio.")
 ]
 Ratio = Annotated[float | None, typer.Option(help="Original tokens / compressed tokens, >= 1.")]
-ModeOption = Annotated[str, typer.Option(help="How a document shrinks: auto or text.")]
+_TextMode = Literal["auto", "text"]
+TextModeOption = Annotated[str, typer.Option("--mode", help="How a document shrinks: auto or text.")]
+ModeOption = Annotated[
+    str, typer.Option(help="How a document shrinks: text, soft, or auto for the better one.")
+]
 Allocator = Annotated[str, typer.Option(help="Who gets how much: dast, uniform, random, bm25 or embedding.")]
 Model = Annotated[str, typer.Option(help='"embedded", a local folder, or a Hugging Face hub id.')]
+Adapter = Annotated[
+    str, typer.Option(help='Soft-token adapter: "embedded" (ships with the model), or a folder.')
+]
 PriorOption = Annotated[
     str, typer.Option(help="Whether the retriever's scores count as evidence: retriever or none.")
 ]
@@ -80,7 +87,7 @@ def compress(
     query: Annotated[str, typer.Option(help="The question the text is compressed for.")] = "",
     budget: Budget = None,
     ratio: Ratio = None,
-    mode: ModeOption = "auto",
+    mode: TextModeOption = "auto",
     allocator: Allocator = "dast",
     model: Model = EMBEDDED,
     calibration: CalibrationFile = None,
@@ -92,6 +99,7 @@ def compress(
 
     with _reported():
         check_target(budget, ratio)
+        one_of("mode", mode, _TextMode)
         names = files or ["-"]
         documents = [Document(_read(name), id=name, metadata={"source": name}) for name in names]
         with _progress() as report:
@@ -101,7 +109,7 @@ def compress(
                 query,
                 budget=budget,
                 compression_ratio=ratio,
-                mode=one_of("mode", mode, Mode),
+                mode="text",
                 allocator=one_of("allocator", allocator, AllocatorName),
                 progress=report,
             )
@@ -123,6 +131,7 @@ def ask(
     allocator: Allocator = "dast",
     prior: PriorOption = "retriever",
     model: Model = EMBEDDED,
+    adapter: Adapter = EMBEDDED,
     calibration: CalibrationFile = None,
     embedder: EmbedderName = EMBEDDED,
     index: Annotated[
@@ -141,7 +150,7 @@ def ask(
         dast = DASTConfig(prior=one_of("prior", prior, Prior))
         with _progress() as report:
             found = FolderIndex.open(folder, Embedder(embedder), index_folder=index, progress=report)
-            compressor = _loaded(report, model, calibration, seed, found.embedder, dast)
+            compressor = _loaded(report, model, calibration, seed, found.embedder, dast, adapter)
             started = time.perf_counter()
             documents = found.retrieve(question, top_k)
             retrieved = time.perf_counter() - started
@@ -180,6 +189,7 @@ def evaluate(
     seed: Seed = 0,
     prior: PriorOption = "retriever",
     model: Model = EMBEDDED,
+    adapter: Adapter = EMBEDDED,
     calibration: CalibrationFile = None,
     embedder: EmbedderName = EMBEDDED,
     max_new_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.")] = 32,
@@ -202,13 +212,15 @@ def evaluate(
         questions = read_task(task, limit=limit, offset=offset)
         dast = DASTConfig(prior=one_of("prior", prior, Prior))
         with _progress() as report:
-            compressor = _loaded(report, model, calibration, seed, Embedder(embedder), dast)
+            compressor = _loaded(report, model, calibration, seed, Embedder(embedder), dast, adapter)
+            wanted = tuple(row.strip() for row in rows.split(",") if row.strip())
+            soft = any(row.startswith("soft:") for row in wanted)
             calibrated = compressor.dast.calibration
             config = EvaluationConfig(
                 task=task.name,
                 task_sha256=hashlib.sha256(task.read_bytes()).hexdigest(),
                 model=model,
-                rows=tuple(row.strip() for row in rows.split(",") if row.strip()),
+                rows=wanted,
                 ratio=ratio,
                 budget=budget,
                 limit=limit,
@@ -220,6 +232,7 @@ def evaluate(
                     "dac": to_dict(DACConfig()),
                     "calibration": calibrated.settings,
                     "budget_temperature": BUDGET_TEMPERATURE,
+                    "adapter": compressor.soft.fingerprint if soft else None,
                     "embedder": embedder,
                     "dtype": str(compressor.backbone.model.dtype),
                     "versions": {
@@ -236,6 +249,26 @@ def evaluate(
             _print_json(results)
         else:
             output.print(_figures(results["rows"]))
+
+
+@app.command()
+def train(
+    config: Annotated[Path, typer.Option(help="The recipe, a TOML file.")],
+    as_json: AsJson = False,
+) -> None:
+    """Train soft-token adapters by a recipe, or go on after the newest checkpoint of its output folder."""
+    from ctxcompress.train.loop import train as run
+    from ctxcompress.train.recipe import Recipe
+
+    with _reported():
+        recipe = Recipe.read(config)
+        with _progress() as report:
+            compressor = run(recipe, report)
+        adapter = str(Path(recipe.output) / "adapter")
+        if as_json:
+            _print_json({"adapter": adapter, "fingerprint": compressor.fingerprint, "steps": recipe.steps})
+        else:
+            output.print(f"{recipe.steps} steps -> {adapter}", markup=False, highlight=False)
 
 
 @app.command()
@@ -308,13 +341,14 @@ def _loaded(
     seed: int,
     embedder: Embedder | None = None,
     dast: DASTConfig | None = None,
+    adapter: str = EMBEDDED,
 ) -> ContextCompressor:
     """The compressor a command works with."""
     report("loading the model", 0, 1)
     from ctxcompress.pipeline import ContextCompressor
 
     compressor = ContextCompressor.from_pretrained(
-        model, calibration=calibration, seed=seed, embedder=embedder, dast=dast
+        model, calibration=calibration, seed=seed, embedder=embedder, dast=dast, adapter=adapter
     )
     report("loading the model", 1, 1)
     return compressor

@@ -11,7 +11,7 @@ import regex
 
 from ctxcompress.errors import ConfigError, InputError
 
-Mode = Literal["auto", "text"]
+Mode = Literal["auto", "text", "soft"]
 AllocatorName = Literal["dast", "uniform", "random", "bm25", "embedding"]
 DASTMode = Literal["repaired", "scaled", "paper"]
 Prior = Literal["retriever", "none"]
@@ -151,14 +151,31 @@ class SoftConfig:
             raise ConfigError(f"ratio_set must be ascending whole numbers >= 2, got {list(ratios)}")
         if any(ratio % ratios[0] or self.window % ratio for ratio in ratios):
             raise ConfigError(
-                f"every ratio must be a multiple of the finest and divide the window of {self.window} tokens, "
-                f"got {list(ratios)}"
+                f"every ratio must be a multiple of the finest and divide the window of {self.window} "
+                f"tokens, got {list(ratios)}"
             )
         for name in ("converter_size", "encoder_rank", "window"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be >= 1, got {getattr(self, name)}")
         if self.encoder_layers is not None and self.encoder_layers < 1:
             raise ConfigError(f"encoder_layers must be >= 1, got {self.encoder_layers}; None takes all")
+
+    @classmethod
+    def from_dict(cls, content: dict[str, Any]) -> SoftConfig:
+        """The inverse of `to_dict`.
+
+        Raises:
+            ConfigError: an unknown setting, or a value out of its range.
+        """
+        known = {entry.name for entry in dataclasses.fields(cls)}
+        if not known >= content.keys():
+            raise ConfigError(
+                f"a soft compressor has the settings {sorted(known)}, got {sorted(content.keys() - known)}"
+            )
+        values: dict[str, Any] = {
+            name: tuple(value) if isinstance(value, list) else value for name, value in content.items()
+        }
+        return cls(**values)
 
 
 def one_of(name: str, value: object, choices: Any) -> Any:

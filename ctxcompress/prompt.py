@@ -61,7 +61,7 @@ def length(segments: Sequence[Any]) -> int:
     return sum(len(segment) for segment in segments)
 
 
-def splice(segments: Sequence[Ids | Tensor], embed: torch.nn.Module) -> Tensor:
+def splice(segments: Sequence[Ids | Tensor], embed: torch.nn.Embedding) -> Tensor:
     """(T, D) input embeddings of a prompt: looked up for token ids, taken as they are for soft tokens.
 
     Args:

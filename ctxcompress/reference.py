@@ -1,4 +1,4 @@
-"""Every equation of the two papers once more, in plain Python: numbers, lists and loops, nothing clever.
+"""Every equation of the three papers once more, in plain Python: numbers, lists and loops, nothing clever.
 
 Read it to learn the methods; the tests hold the fast versions against it. It imports nothing of the package
 and trusts its input: the fast versions do the checking.
@@ -10,6 +10,10 @@ make a score, a softmax makes shares (eq. 5), and Algorithm 1 turns shares into 
 DAC (arXiv 2507.11942) shortens one text. It asks of each token how surprising it is and how much attention it
 collects, weighs both, drops the least worth, and asks again in the next stage, because what is left reads
 differently. Within one stage it never drops two neighbours: with the first gone, the second is news.
+
+Semi-dynamic compression (arXiv 2603.25926) replaces a text by fewer vectors. The means of neighbouring states
+go through a small network into the decoder's embedding space; how many tokens share a mean is predicted from
+the text and then rounded to one of a few ratios, because a model copes with few structures, not with all.
 """
 
 from __future__ import annotations
@@ -380,3 +384,189 @@ def prune(tokens: Sequence[int], kept_fraction: float, scorer: Scorer, plan: Pla
         gone = cheapest(worth, len(left) - limit)
         history.append([token for place, token in enumerate(left) if place not in gone])
     return history
+
+
+# ------------------------------------------------------------------------------ soft tokens (semi-dynamic)
+
+
+def windows(tokens: int, ratio: int) -> int:
+    """Soft tokens of a text: one for every window that is full, one more for a window that is not.
+
+    Example:
+        >>> windows(8, 4), windows(9, 4)
+        (2, 3)
+    """
+    return tokens // ratio + (1 if tokens % ratio else 0)
+
+
+def spans_of(items: int, size: int, alignment: str = "start") -> list[Span]:
+    """Neighbouring ranges of `size` items; "start" cuts from the first item on, "end" from the last one back.
+
+    Example:
+        >>> spans_of(5, 2), spans_of(5, 2, "end")
+        ([(0, 2), (2, 4), (4, 5)], [(0, 1), (1, 3), (3, 5)])
+    """
+    short = items % size if alignment == "end" else 0
+    cuts = [0] if short == 0 else [0, short]
+    while cuts[-1] < items:
+        cuts.append(min(cuts[-1] + size, items))
+    return list(pairwise(cuts))
+
+
+def window_means(states: Sequence[Vector], ratio: int, alignment: str = "start") -> list[list[float]]:
+    """The mean state of every `ratio` neighbouring tokens; a short window is the mean of what it has.
+
+    The authors pad the short window with zeros in training and not in inference, and cut from opposite ends;
+    here both alignments have the true mean.
+
+    Example:
+        >>> window_means([[1.0], [3.0], [8.0]], 2), window_means([[1.0], [3.0], [8.0]], 2, "end")
+        ([[2.0], [8.0]], [[1.0], [5.5]])
+    """
+    means = []
+    for start, stop in spans_of(len(states), ratio, alignment):
+        own = states[start:stop]
+        means.append([sum(column) / len(own) for column in zip(*own, strict=True)])
+    return means
+
+
+def pool(
+    means: Sequence[Vector], counts: Vector, factor: int, alignment: str = "start"
+) -> tuple[list[list[float]], list[float]]:
+    """Means of `factor` neighbouring windows, from the means and the numbers of tokens behind them.
+
+    Every mean is turned back into the sum it came from; sums can be added.
+
+    Example:
+        >>> pool([[2.0], [8.0]], [2, 1], 2)  # (2 * 2 + 1 * 8) / 3
+        ([[4.0]], [3])
+    """
+    pooled, behind = [], []
+    for start, stop in spans_of(len(means), factor, alignment):
+        tokens = sum(counts[start:stop])
+        sums = [0.0] * len(means[0])
+        for mean, count in zip(means[start:stop], counts[start:stop], strict=True):
+            sums = [total + count * value for total, value in zip(sums, mean, strict=True)]
+        pooled.append([total / max(tokens, 1) for total in sums])
+        behind.append(tokens)
+    return pooled, behind
+
+
+def nearest(wish: float, legal: Sequence[int], space: str = "log") -> list[int]:
+    """The legal values at the least distance from a wish, smallest first; two if the wish lies midway.
+
+    Semi-dynamic compression, eqs. 3-4. "log" compares logarithms, so that 2 is as far from 4 as 4 from 8;
+    "linear" compares the values, as the authors' code does.
+
+    Example:
+        >>> nearest(6.0, [2, 4, 8], "linear"), nearest(6.0, [2, 4, 8])  # 6 / 4 = 1.5 is more than 8 / 6
+        ([4, 8], [8])
+    """
+
+    def distance(value: int) -> float:
+        exact = math.log2(value) - math.log2(wish) if space == "log" else value - wish
+        return round(abs(exact), 12)  # midway is midway, whatever the last bit of a logarithm says
+
+    closest = min(distance(value) for value in legal)
+    return [value for value in sorted(legal) if distance(value) == closest]
+
+
+def select_ratio(
+    log2_ratio: float, ratio_set: Sequence[int], *, ratio_scale: float = 0.0, space: str = "log"
+) -> int:
+    """The legal ratio nearest to 2^(prediction + dial); of two the smaller, which keeps more.
+
+    Semi-dynamic compression, eqs. 1-4.
+
+    Example:
+        >>> select_ratio(2.5, [2, 4, 8, 16, 32]), select_ratio(2.5, [2, 4, 8, 16, 32], ratio_scale=1)
+        (4, 8)
+    """
+    return nearest(2.0 ** (log2_ratio + ratio_scale), ratio_set, space)[0]
+
+
+def select_length(
+    log2_ratio: float,
+    tokens: int,
+    length_set: Sequence[int],
+    *,
+    ratio_scale: float = 0.0,
+    space: str = "log",
+) -> int:
+    """The legal number of soft tokens nearest to tokens / 2^(prediction + dial); of two the larger.
+
+    Semi-dynamic compression, eq. 5. Ours: lengths beyond the text's own are left out while others remain.
+
+    Example:
+        >>> select_length(3.0, 500, [16, 32, 64, 128])  # 500 / 8 = 62.5
+        64
+    """
+    fitting = [length for length in length_set if length <= tokens] or [min(length_set)]
+    return nearest(tokens / 2.0 ** (log2_ratio + ratio_scale), fitting, space)[-1]
+
+
+def rms_norm(vector: Vector, weight: Vector) -> list[float]:
+    """The vector at root mean square 1, then scaled number by number.
+
+    Example:
+        >>> [round(value, 3) for value in rms_norm([3.0, -4.0], [5.0, 5.0])]  # the rms is 5 / sqrt 2
+        [4.243, -5.657]
+    """
+    size = math.sqrt(sum(value * value for value in vector) / len(vector) + 1e-6)
+    return [value / size * scale for value, scale in zip(vector, weight, strict=True)]
+
+
+def gelu(value: float) -> float:
+    """The value times the chance that a standard normal number lies below it; exact, not the tanh form."""
+    return value * (1 + math.erf(value / math.sqrt(2))) / 2
+
+
+def linear(weight: Sequence[Vector], vector: Vector) -> list[float]:
+    """One sum of products per row of the weight; no bias.
+
+    Example:
+        >>> linear([[1.0, 2.0], [0.0, -1.0]], [3.0, 4.0])
+        [11.0, -4.0]
+    """
+    return [sum(w * value for w, value in zip(row, vector, strict=True)) for row in weight]
+
+
+@dataclass(frozen=True)
+class ConverterWeights:
+    """`norm` (hidden), `up` (inner rows of hidden), `down` (embedding rows of inner), and the one `scale`."""
+
+    norm: Vector
+    up: Sequence[Vector]
+    down: Sequence[Vector]
+    scale: float
+
+
+def convert(
+    state: Vector, weights: ConverterWeights, embedding: Vector | None = None, count: float = 1
+) -> list[float]:
+    """A window's mean state -> a soft token: scale * down(gelu(up(norm(state)))).
+
+    Ours: the mean of the window's word embeddings is added, times sqrt(count): the mean of n independent
+    vectors is shorter than one of them by that factor, and the decoder expects the length of one.
+
+    Args:
+        state: mean encoder state of a window.
+        weights: of the converter.
+        embedding: mean input embedding of the window; None leaves it out.
+        count: tokens in the window.
+    """
+    inner = [gelu(value) for value in linear(weights.up, rms_norm(state, weights.norm))]
+    learned = [weights.scale * value for value in linear(weights.down, inner)]
+    if embedding is None:
+        return learned
+    return [soft + word * math.sqrt(count) for soft, word in zip(learned, embedding, strict=True)]
+
+
+def splice(segments: Sequence[Sequence[int | Vector]], table: Sequence[Vector]) -> list[list[float]]:
+    """Rows of a prompt: a token id is looked up in the embedding table, a soft token is its own row.
+
+    Example:
+        >>> splice([[1], [[0.5, 0.5]], [0]], [[1.0, 0.0], [0.0, 1.0]])
+        [[0.0, 1.0], [0.5, 0.5], [1.0, 0.0]]
+    """
+    return [list(table[part] if isinstance(part, int) else part) for segment in segments for part in segment]

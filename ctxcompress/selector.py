@@ -1,7 +1,7 @@
 """Discrete ratio selector: a predicted log2(ratio) and the user's dial -> one ratio of a small set.
 
-Semi-dynamic compression (arXiv 2603.25926), eqs. 1-5: a model copes with a few structures it was trained on, not
-with a continuum, so the prediction is quantised.
+Semi-dynamic compression (arXiv 2603.25926), eqs. 1-5: a model copes with a few structures it was trained on,
+not with a continuum, so the prediction is quantised.
 """
 
 from __future__ import annotations
@@ -103,7 +103,8 @@ def _nearest(wish: float, legal: Sequence[int], space: RatioSpace, larger: bool 
         raise InputError(f"the set must hold whole numbers >= 1, got {list(legal)}")
 
     def distance(value: int) -> float:
-        return abs(math.log2(value / wish)) if space == "log" else abs(value - wish)
+        gap = math.log2(value) - math.log2(wish) if space == "log" else value - wish
+        return abs(gap)
 
     closest = min(map(distance, legal))
     tied = [value for value in legal if distance(value) == closest]

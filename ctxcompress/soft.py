@@ -2,8 +2,8 @@
 
 encode (once per text) -> pool (any ratio of the set) -> convert -> soft tokens for the decoder.
 
-The encoder is the first layers of the base, usually bidirectional; the decoder is the whole base. Both share the
-base's weights, so a compressor costs its adapters, not a second model.
+The encoder is the first layers of the base, usually bidirectional; the decoder is the whole base. Both share
+the base's weights, so a compressor costs its adapters, not a second model.
 
 Shapes: B batch, T tokens, M soft tokens, D hidden.
 """
@@ -150,8 +150,8 @@ class SoftCompressor(nn.Module):
         """After weights are in place: dtypes, the self-test, and the fingerprint soft tokens will carry.
 
         Args:
-            trainable: adapters stay float32 and take gradients; otherwise they take the base's dtype, which is
-                faster.
+            trainable: adapters stay float32 and take gradients; otherwise they take the base's dtype, which
+                is faster.
 
         Raises:
             CheckpointError: the encoder does not see what its configuration says, or padding changes a text.
@@ -180,10 +180,10 @@ class SoftCompressor(nn.Module):
         size = float(alone.abs().max())
         moved, padded = float((alone - changed)[0].abs().max()), float((alone - beside).abs().max())
         if self.config.features == "mean_pool" and (moved > 1e-4 * size) != self.config.bidirectional:
+            wanted = "bidirectional" if self.config.bidirectional else "causal"
             raise CheckpointError(
-                f"the encoder must be {'bidirectional' if self.config.bidirectional else 'causal'}, but the last "
-                f"token moved the first state by {moved:.2g} of {size:.2g}; this transformers version treats "
-                "attention masks differently"
+                f"the encoder must be {wanted}, but the last token moved the first state by {moved:.2g} of "
+                f"{size:.2g}; this transformers version treats attention masks differently"
             )
         if not padded <= 0.05 * size:
             raise CheckpointError(
@@ -225,6 +225,20 @@ class SoftCompressor(nn.Module):
                 done[piece] = Features(*(part[row, :count].clone() for part in parts)), float(log2_B[row])
         return [self._joined(text, ids, ratio, size, done) for text, ids in enumerate(texts)]
 
+    def soften(self, texts: Sequence[Sequence[int]], ratios: Sequence[int]) -> list[SoftTokens]:
+        """Soft tokens of each text at its own ratio; see `encode` and `soft_tokens`."""
+        if self.config.features == "mean_pool":
+            encoded = self.encode(texts)
+            return [self.soft_tokens(text, ratio) for text, ratio in zip(encoded, ratios, strict=True)]
+        made: dict[int, SoftTokens] = {}
+        for ratio in set(ratios):
+            places = [place for place, own in enumerate(ratios) if own == ratio]
+            encoded = self.encode([texts[place] for place in places], ratio)
+            made |= {
+                place: self.soft_tokens(text, ratio) for place, text in zip(places, encoded, strict=True)
+            }
+        return [made[place] for place in range(len(texts))]
+
     def soft_tokens(self, encoded: EncodedText, ratio: int) -> SoftTokens:
         """Pool an encoded text to `ratio` and convert it for the decoder.
 
@@ -234,7 +248,8 @@ class SoftCompressor(nn.Module):
         self._checked(ratio)
         if ratio % encoded.ratio or (ratio != encoded.ratio and self.config.features != "mean_pool"):
             raise InputError(
-                f"features encoded at ratio {encoded.ratio} cannot become ratio {ratio}; encode the text again"
+                f"features encoded at ratio {encoded.ratio} cannot become ratio {ratio}; encode the text "
+                "again"
             )
         with torch.inference_mode():
             pooled = self.pooled(encoded.features, ratio // encoded.ratio)
@@ -299,8 +314,21 @@ class SoftCompressor(nn.Module):
         if self.config.features == "mean_pool":
             stops_B = ends_B + 1 if self.config.pool_end_token else ends_B
             counts_BT = (places_T < stops_B[:, None]).float()
-            return self.pooled(Features(hidden_BTD, embeddings_BTD, counts_BT), ratio)
-        # The last M states: of the text itself, or of the memory tokens that stand between text and end token.
+            if self.config.window_alignment == "start":
+                return self.pooled(Features(hidden_BTD, embeddings_BTD, counts_BT), ratio)
+            # Windows that end with the text know no padding, so each text is pooled alone.
+            rows = [
+                self.pooled(
+                    Features(hidden_BTD[row, :stop], embeddings_BTD[row, :stop], counts_BT[row, :stop]), ratio
+                )
+                for row, stop in enumerate(stops_B.tolist())
+            ]
+            return Features(
+                _padded([row.states_BMD for row in rows]),
+                _padded([row.embeddings_BMD for row in rows]),
+                _padded([row.counts_BM for row in rows]),
+            )
+        # The last M states: of the text, or of the learned tokens that stand between text and end token.
         counts = [windows(length, ratio) for length in lengths]
         ends = ends_B.tolist()
 
@@ -314,7 +342,7 @@ class SoftCompressor(nn.Module):
         )
 
     def _mask(self, places_T: Tensor, ends_B: Tensor) -> Tensor:
-        """(B, 1, T, T) bool, True where a query may look; explicit, since flags are ignored by some kernels."""
+        """(B, 1, T, T) bool, True where a query may look; explicit, since some kernels ignore flags."""
         seen_BT = places_T <= ends_B[:, None]
         mask_B1TT = seen_BT[:, None, None, :].expand(-1, 1, len(places_T), -1)
         return mask_B1TT if self.config.bidirectional else mask_B1TT & (places_T <= places_T[:, None])
@@ -324,8 +352,8 @@ class SoftCompressor(nn.Module):
             return self.config.ratio_set[0]
         if ratio not in self.config.ratio_set:
             raise InputError(
-                f"the ratio must be one of {list(self.config.ratio_set)}, got {ratio}; choose one of these, or "
-                "train an adapter with it"
+                f"the ratio must be one of {list(self.config.ratio_set)}, got {ratio}; choose one of these, "
+                "or train an adapter with it"
             )
         return ratio
 

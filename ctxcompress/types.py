@@ -60,6 +60,9 @@ class SoftTokens:
 class CompressedDocument:
     """A document after compression; `text` is exactly the join of `kept_spans` of `original`.
 
+    A document that became soft tokens keeps its whole text beside them, for readers that take text only;
+    `tokens_after` then counts the soft tokens.
+
     `score` is the retriever's and is passed through. `share` is the allocator's view of this document's worth
     (the shares of a call sum to 1) and `rank` its place by share, 1 = worth most; both are None when
     everything fitted the budget and nothing had to be weighed. Token counts are those of the model's
@@ -77,6 +80,7 @@ class CompressedDocument:
     tokens_before: int
     tokens_after: int
     kept_spans: tuple[Span, ...]
+    soft: SoftTokens | None = field(default=None, compare=False)
 
     @property
     def ratio(self) -> float | None:
@@ -103,7 +107,7 @@ class CompressionResult:
     Attributes:
         documents: one per input document.
         query: the question, or "".
-        mode: how documents shrank ("text").
+        mode: how documents shrank ("text" or "soft").
         allocator: who decided how much each got.
         budget: most tokens the documents may have together.
         prior: "retriever" if the retriever's scores took part in the allocation, else "none".
@@ -136,19 +140,19 @@ class CompressionResult:
     @property
     def text(self) -> str:
         """The compressed context as one string; documents that were left empty take no room in it."""
-        return "\n\n".join(self.texts("original"))
+        return "\n\n".join(document.text for document in self.documents if document.text)
 
-    def texts(self, order: Order = "share") -> list[str]:
-        """The texts that are left, for a prompt.
+    def parts(self, order: Order = "share") -> list[str | SoftTokens]:
+        """What is left of each document, for a prompt: text, or soft tokens.
 
         Args:
             order: "share" puts the document worth most last, next to the question: small models look there;
                 "original" keeps the order the documents came in.
         """
-        documents = list(self.documents)
+        documents = [document for document in self.documents if document.tokens_after]
         if order == "share":
             documents.sort(key=lambda document: document.share or 0.0)
-        return [document.text for document in documents if document.text]
+        return [document.text if document.soft is None else document.soft for document in documents]
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready account of the whole call."""

@@ -17,7 +17,6 @@ from typing import Any, Literal
 
 from ctxcompress.backbone import Backbone
 from ctxcompress.config import AllocatorName, one_of
-from ctxcompress.decoder import LocalDecoder
 from ctxcompress.errors import ConfigError, InputError
 from ctxcompress.evaluate.metrics import bootstrap_interval, contains_answer, exact_match, f1
 from ctxcompress.files import write_atomically
@@ -25,10 +24,10 @@ from ctxcompress.methods.dac import Progress
 from ctxcompress.pipeline import ContextCompressor
 from ctxcompress.prompt import length, question_prompt
 from ctxcompress.tasks import Question
-from ctxcompress.types import Document
+from ctxcompress.types import Document, SoftTokens
 
 PLAIN_ROWS = ("none", "full")
-_RowMode = Literal["text"]
+_RowMode = Literal["text", "soft"]
 Record = dict[str, Any]
 
 
@@ -40,7 +39,8 @@ class EvaluationConfig:
         task: name of the task file.
         task_sha256: of its content.
         model: name of the model.
-        rows: "none" (no documents), "full" (all of them), or mode:allocator, e.g. "text:dast".
+        rows: "none" (no documents), "full" (all of them), or mode:allocator, e.g. "text:dast". If one of them
+            is "soft", the decoder wears the adapter in all of them.
         ratio: compression ratio of the compressed rows; this or `budget`.
         budget: their budget in tokens.
         limit: questions.
@@ -74,6 +74,11 @@ class EvaluationConfig:
                 one_of("the allocator of a row (mode:allocator)", allocator, AllocatorName)
         if any(row not in PLAIN_ROWS for row in self.rows) and (self.ratio is None) == (self.budget is None):
             raise ConfigError("compressed rows need either a ratio or a budget, and not both")
+
+    @property
+    def adapted(self) -> bool:
+        """Whether the decoder wears the soft-token adapter."""
+        return any(row.startswith("soft:") for row in self.rows)
 
     @property
     def name(self) -> str:
@@ -165,8 +170,9 @@ def _record(
     config: EvaluationConfig,
 ) -> Record:
     started = time.perf_counter()
+    parts: list[str | SoftTokens] = []
     if row in PLAIN_ROWS:
-        texts = [document.text for document in documents] if row == "full" else []
+        parts += [document.text for document in documents] if row == "full" else []
         account = _plain_account(compressor.backbone, documents, question.gold, row)
     else:
         result = compressor.compress(
@@ -174,10 +180,10 @@ def _record(
             question.question,
             budget=config.budget,
             compression_ratio=config.ratio,
-            mode="text",
+            mode=one_of("mode", row.partition(":")[0], _RowMode),
             allocator=one_of("allocator", row.partition(":")[2], AllocatorName),
         )
-        texts = result.texts()
+        parts = result.parts()
         pairs = list(zip(result.documents, question.gold, strict=True))
         account = {
             "tokens_before": result.tokens_before,
@@ -189,9 +195,9 @@ def _record(
     room = (
         backbone.window - config.max_new_tokens - length(question_prompt(backbone, question.question, ["."]))
     )
-    texts, cut = _within(backbone, texts, room)
-    completion = LocalDecoder(backbone).generate(
-        question_prompt(backbone, question.question, texts), max_new_tokens=config.max_new_tokens
+    parts, cut = _within(backbone, parts, room)
+    completion = compressor.decoder(adapted=config.adapted).generate(
+        question_prompt(backbone, question.question, parts), max_new_tokens=config.max_new_tokens
     )
     return {
         "id": question.id,
@@ -219,12 +225,15 @@ def _plain_account(
     }
 
 
-def _within(backbone: Backbone, texts: list[str], room: int) -> tuple[list[str], bool]:
+def _within(
+    backbone: Backbone, parts: list[str | SoftTokens], room: int
+) -> tuple[list[str | SoftTokens], bool]:
     """The texts, or beginning and end of their whole when it exceeds the window (LongBench's protocol)."""
-    encoding = backbone.encode("\n\n".join(texts))
-    if len(encoding.ids) <= room:
-        return texts, False
+    texts = [part for part in parts if isinstance(part, str)]
     whole = "\n\n".join(texts)
+    encoding = backbone.encode(whole)
+    if len(texts) < len(parts) or len(encoding.ids) <= room:
+        return parts, False
     half = max(room // 2 - 2, 1)
     return [whole[: encoding.spans[half][0]], whole[encoding.spans[-half][0] :]], True
 

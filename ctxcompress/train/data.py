@@ -1,6 +1,7 @@
 """Files -> samples -> batches, without state: batch number n of a run is a function of the seed and n.
 
-So a run that is taken up again, on one process or eight, sees what it would have seen.
+So a run that is taken up again sees what it would have seen, and two processes together see what one would
+see with twice the accumulation.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from ctxcompress.train.recipe import Recipe
 
 CANDIDATES = 4  # a batch of questions is cut from this many times its size, sorted by length
 ATTEMPTS = 100  # records tried for one sample before the data is called unsuitable
+_QUESTION = ("question", "answers", "documents")
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,8 +77,7 @@ class Samples:
         """Batch `number` of the run, >= 0."""
         recipe = self._recipe
         draw = random.Random(f"{recipe.seed} batch {number}")
-        (objective,) = draw.choices(list(recipe.objectives), list(recipe.objectives.values()))
-        (ratio,) = draw.choices(list(recipe.ratios), list(recipe.ratios.values()))
+        objective, ratio = _drawn(draw, recipe.objectives), _drawn(draw, recipe.ratios)
         if objective == "answer":
             candidates = [self._question(draw) for _ in range(CANDIDATES * recipe.batch_size)]
             candidates.sort(key=lambda sample: sum(map(len, sample.documents)))
@@ -116,7 +117,7 @@ class Samples:
             if not record["answers"] or not gold:
                 continue
             documents = [_shown(document) for document in gold]
-            others = [text for text in self._others(record, documents) if text not in documents]
+            others = self._others(record, gold)
             count = draw.randint(*recipe.documents)
             documents += draw.sample(others, min(max(count - len(documents), 0), len(others)))
             draw.shuffle(documents)
@@ -125,8 +126,9 @@ class Samples:
                 break
         else:
             raise InputError(
-                f"no question with documents of at most {recipe.longest_document} tokens in {ATTEMPTS} draws from "
-                f"{recipe.questions}; raise longest_document"
+                "no question with answers, a document marked is_gold, and documents of at most "
+                f"{recipe.longest_document} tokens in {ATTEMPTS} draws from {recipe.questions}; complete the "
+                "records, or raise longest_document"
             )
         answer = self._backbone.encode(draw.choice(record["answers"])).ids
         prompt = question_prompt(
@@ -137,15 +139,16 @@ class Samples:
     def _sample(self, documents: Sequence[Ids], content: Sequence[str | Slot], target: Ids) -> Sample:
         return Sample(tuple(documents), tuple(chat_prompt(self._backbone, content)), target)
 
-    def _others(self, record: dict[str, Any], gold: Sequence[str]) -> list[str]:
-        """Documents of the question, then of its title, that hold none of the answers."""
-        listed = [_shown(document) for document in record["documents"] if not document.get("is_gold")]
-        title = record["documents"][0].get("title", "")
+    def _others(self, record: dict[str, Any], gold: Sequence[dict[str, Any]]) -> list[str]:
+        """Documents of the question, then of the gold document's title, that hold none of the answers."""
+        listed = [_shown(document) for document in record["documents"]]
+        same_title = self._by_title.get(gold[0].get("title", ""), ())
+        known = {_shown(document) for document in gold}
         answers = [answer.casefold() for answer in record["answers"]]
         return [
             text
-            for text in dict.fromkeys([*listed, *self._by_title.get(title, ())])
-            if not any(answer in text.casefold() for answer in answers)
+            for text in dict.fromkeys([*listed, *same_title])
+            if text not in known and not any(answer in text.casefold() for answer in answers)
         ]
 
     @cached_property
@@ -154,7 +157,7 @@ class Samples:
 
     @cached_property
     def _questions(self) -> list[dict[str, Any]]:
-        return [record for file in self._recipe.questions for record in read_lines(file, "documents")]
+        return [record for file in self._recipe.questions for record in read_lines(file, *_QUESTION)]
 
     @cached_property
     def _by_title(self) -> dict[str, list[str]]:
@@ -165,23 +168,38 @@ class Samples:
         return {title: list(texts) for title, texts in by_title.items() if title}
 
 
-def read_lines(file: str, key: str) -> list[dict[str, Any]]:
-    """Records of a JSON-lines file, plain or xz-compressed, that all have `key`.
+def read_lines(file: str, *keys: str) -> list[dict[str, Any]]:
+    """Records of a JSON-lines file, plain or xz-compressed, that all have `keys`.
 
     Raises:
-        InputError: unreadable, or a line without the key.
+        InputError: unreadable, empty, or a line without one of the keys.
     """
     try:
         content = Path(file).read_bytes()
-        lines = (lzma.decompress(content) if file.endswith(".xz") else content).decode().splitlines()
+        # Not splitlines(): JSON strings may hold other line separators, such as U+2028, as they are.
+        lines = (lzma.decompress(content) if file.endswith(".xz") else content).decode().split("\n")
         records = [json.loads(line) for line in lines if line.strip()]
     except (OSError, ValueError, lzma.LZMAError) as error:
         raise InputError(
             f"training data (.jsonl or .jsonl.xz) was expected at {file}, got: {error}"
         ) from error
-    if not records or any(not isinstance(record, dict) or key not in record for record in records):
-        raise InputError(f"every line of {file} must be an object with {key!r}")
+    if not records:
+        raise InputError(
+            f"training data was expected in {file}, got no line; leave the file out or fetch it again"
+        )
+    for number, record in enumerate(records, start=1):
+        if not isinstance(record, dict) or not record.keys() >= {*keys}:
+            raise InputError(
+                f"every line of {file} must be an object with {', '.join(keys)}, got {str(record)[:80]!r} "
+                f"as record {number}; correct or remove it"
+            )
     return records
+
+
+def _drawn(draw: random.Random, weights: dict[Any, float]) -> Any:
+    """One key by weight; the order in which a recipe lists them does not matter."""
+    keys = sorted(weights)
+    return draw.choices(keys, [weights[key] for key in keys])[0]
 
 
 def _shown(document: dict[str, Any]) -> str:

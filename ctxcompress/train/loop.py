@@ -5,12 +5,13 @@
     OUTPUT/checkpoint-N/      adapters in float32 and the optimizer's moments after N steps; the newest stays
     OUTPUT/adapter/           the adapters of the last step in the base's dtype, ready to be loaded
 
-Learning rate, samples and dropout are functions of the seed and the step, so adapters, moments and a step number
-are all that is needed to go on exactly.
+Learning rate and samples are functions of the seed and the step, and nothing else is random, so adapters,
+moments and a step number are all that is needed to go on exactly, on as many processes as before.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import math
 import shutil
@@ -45,18 +46,11 @@ def train(recipe: Recipe, progress: Progress | None = None) -> SoftCompressor:
         The trained compressor.
 
     Raises:
-        MissingExtraError: accelerate is not installed.
+        MissingExtraError: accelerate is not installed, or tensorboard, which the recipe asks for.
         CheckpointError: the output folder holds a run of another recipe.
+        ConfigError: the recipe does not fit the adapters it starts from.
     """
-    try:
-        from accelerate import Accelerator
-    except ModuleNotFoundError as error:
-        raise MissingExtraError("accelerate", "train") from error
-    accelerator = Accelerator(
-        gradient_accumulation_steps=recipe.accumulation,
-        log_with="tensorboard" if recipe.tensorboard else None,
-        project_dir=recipe.output,
-    )
+    accelerator = _accelerator(recipe)
     output = Path(recipe.output)
     if accelerator.is_main_process:
         _claim(output, recipe)
@@ -75,50 +69,71 @@ def train(recipe: Recipe, progress: Progress | None = None) -> SoftCompressor:
     samples = Samples(recipe, base)
     for step in range(first, recipe.steps):
         started = time.perf_counter()
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(recipe, step)
-        figures: dict[str, Any] = {}
-        for part in range(recipe.accumulation):
-            place = (
-                step * recipe.accumulation + part
-            ) * accelerator.num_processes + accelerator.process_index
-            batch = samples.batch(place)
-            with accelerator.accumulate(model):
-                losses = model(batch)
-                accelerator.backward(losses["loss"])
-                if accelerator.sync_gradients:
-                    figures["gradient"] = float(accelerator.clip_grad_norm_(model.parameters(), recipe.clip))
-                optimizer.step()
-                optimizer.zero_grad()
-            figures |= {"objective": batch.objective, "ratio": batch.ratio, **_numbers(losses)}
+        figures = _step(accelerator, model, optimizer, samples, recipe, step)
         if accelerator.is_main_process:
-            rate, seconds = learning_rate(recipe, step), time.perf_counter() - started
-            figures = {"step": step, **figures, "lr": rate, "seconds": seconds}
+            figures["seconds"] = time.perf_counter() - started
             _log(output, figures)
             if recipe.tensorboard:
-                accelerator.log(
-                    {key: value for key, value in figures.items() if key != "objective"}, step=step
-                )
+                accelerator.log({key: figures[key] for key in figures if key != "objective"}, step=step)
             if (step + 1) % recipe.save_every == 0 or step + 1 == recipe.steps:
                 _save(output, compressor, optimizer, step + 1)
         if progress is not None:
             progress("training", step + 1, recipe.steps)
-    if recipe.tensorboard:
-        accelerator.end_training()
     compressor.finish()
     if accelerator.is_main_process:
         checkpoint.save(compressor, output / "adapter")
     accelerator.wait_for_everyone()
+    accelerator.end_training()
     return compressor
 
 
 def learning_rate(recipe: Recipe, step: int) -> float:
-    """Linear warm-up, then a cosine down to `final_learning_rate` of the highest at the last step."""
+    """Linear warm-up, then a cosine that ends just above `final_learning_rate` of the highest."""
     if step < recipe.warmup:
         return recipe.learning_rate * (step + 1) / recipe.warmup
     part = (step - recipe.warmup) / max(recipe.steps - recipe.warmup, 1)
     low = recipe.final_learning_rate
     return recipe.learning_rate * (low + (1 - low) * (1 + math.cos(math.pi * part)) / 2)
+
+
+def _accelerator(recipe: Recipe) -> Any:
+    try:
+        from accelerate import Accelerator, DistributedDataParallelKwargs
+    except ModuleNotFoundError as error:
+        raise MissingExtraError("accelerate", "train") from error
+    # accelerate itself says nothing when it cannot write events.
+    if recipe.tensorboard and importlib.util.find_spec("tensorboard") is None:
+        raise MissingExtraError("tensorboard", "tensorboard")
+    return Accelerator(
+        gradient_accumulation_steps=recipe.accumulation,
+        # No loss reaches the ratio head, and none of raw text the encoder.
+        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
+        log_with="tensorboard" if recipe.tensorboard else None,
+        project_dir=recipe.output,
+    )
+
+
+def _step(
+    accelerator: Any, model: Any, optimizer: Any, samples: Samples, recipe: Recipe, step: int
+) -> dict[str, Any]:
+    """One optimizer step; figures of this process's last batch."""
+    rate = learning_rate(recipe, step)
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+    figures: dict[str, Any] = {"step": step}
+    for part in range(recipe.accumulation):
+        batch = samples.batch(
+            (step * recipe.accumulation + part) * accelerator.num_processes + accelerator.process_index
+        )
+        with accelerator.accumulate(model):
+            losses = model(batch)
+            accelerator.backward(losses["loss"])
+            if accelerator.sync_gradients:
+                figures["gradient"] = float(accelerator.clip_grad_norm_(model.parameters(), recipe.clip))
+            optimizer.step()
+            optimizer.zero_grad()
+        figures |= {"objective": batch.objective, "ratio": batch.ratio, **_numbers(losses)}
+    return {**figures, "lr": rate}
 
 
 def _begun(base: Backbone, recipe: Recipe, output: Path) -> tuple[SoftCompressor, dict[str, Tensor], int]:
@@ -130,7 +145,9 @@ def _begun(base: Backbone, recipe: Recipe, output: Path) -> tuple[SoftCompressor
         compressor = checkpoint.load(base, done, trainable=True)
         return compressor, load_file(done / _MOMENTS), int(done.name.rpartition("-")[2])
     if recipe.start:
-        return checkpoint.load(base, recipe.start, trainable=True), {}, 0
+        compressor = checkpoint.load(base, recipe.start, trainable=True)
+        recipe.check(compressor.config)
+        return compressor, {}, 0
     torch.manual_seed(recipe.seed)
     compressor = SoftCompressor(base, recipe.compressor)
     compressor.finish(trainable=True)
@@ -142,8 +159,8 @@ def _claim(output: Path, recipe: Recipe) -> None:
     file, described = output / "recipe.json", recipe.to_json()
     if file.exists() and file.read_text(encoding="utf-8") != described:
         raise CheckpointError(
-            f"{output} holds a run of another recipe (see recipe.json there); choose another output, or give its "
-            "adapter folder as start"
+            f"{output} holds a run of another recipe (see recipe.json there); choose another output, or give "
+            "its adapter folder as start"
         )
     write_atomically(file, described.encode())
     newest = _newest(output)

@@ -56,11 +56,13 @@ class Objective(nn.Module):
         if ratio == 1:
             embed = self.compressor.encoder.embed_tokens
             device = self.compressor.device
-            return [embed(torch.tensor(document, device=device)) for document in documents]
+            return [embed(torch.tensor(document, dtype=torch.long, device=device)) for document in documents]
         features, _ = self.compressor.read(documents, ratio)
         soft_BMD = self.compressor.converter(features)
+        end = self.compressor.config.pool_end_token
         return [
-            row[: windows(len(document), ratio)] for row, document in zip(soft_BMD, documents, strict=True)
+            row[: windows(len(document) + end, ratio)]
+            for row, document in zip(soft_BMD, documents, strict=True)
         ]
 
     def _logits(self, samples: Sequence[Sample], soft: Sequence[Tensor]) -> Tensor:

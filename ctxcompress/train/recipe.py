@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import json
+import math
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -13,6 +16,9 @@ from ctxcompress.embedded import EMBEDDED
 from ctxcompress.errors import ConfigError, InputError
 
 Objective = Literal["reconstruction", "continuation", "answer"]
+_NEEDS = {"reconstruction": "texts", "continuation": "texts", "answer": "questions"}
+# Whole numbers and the least each can be.
+_WHOLE = {"steps": 1, "batch_size": 1, "accumulation": 1, "save_every": 1, "longest_document": 1, "warmup": 0}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,36 +79,76 @@ class Recipe:
     tensorboard: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "accumulation", "save_every", "longest_document"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} must be >= 1, got {getattr(self, name)}")
+        for name, least in _WHOLE.items():
+            if not isinstance(getattr(self, name), int) or getattr(self, name) < least:
+                raise ConfigError(f"{name} must be a whole number >= {least}, got {getattr(self, name)!r}")
         for name in ("learning_rate", "clip"):
-            if not getattr(self, name) > 0:
-                raise ConfigError(f"{name} must be > 0, got {getattr(self, name)}")
-        for name in ("tokens", "documents"):
-            low, high = getattr(self, name)
-            if not 1 <= low <= high:
+            if not 0 < getattr(self, name) < math.inf:
+                raise ConfigError(f"{name} must be > 0 and finite, got {getattr(self, name)}")
+        for name in ("distillation", "weight_decay"):
+            if not 0 <= getattr(self, name) < math.inf:
                 raise ConfigError(
-                    f"{name} must be [fewest, most] with 1 <= fewest <= most, got {[low, high]}"
+                    f"{name} must be >= 0 and finite, got {getattr(self, name)}; 0 turns it off"
                 )
+        if not 0 <= self.final_learning_rate <= 1:
+            raise ConfigError(
+                "final_learning_rate must be in [0, 1] (a part of learning_rate), got "
+                f"{self.final_learning_rate}"
+            )
+        self._check_pairs()
+        self._check_objectives()
+        if not self.start:
+            self.check(self.compressor)
+
+    def _check_pairs(self) -> None:
+        if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
+            raise ConfigError(f"betas must be two numbers in [0, 1), got {list(self.betas)}")
+        for name in ("tokens", "documents"):
+            low_high = getattr(self, name)
+            if len(low_high) != 2 or not 1 <= low_high[0] <= low_high[1]:
+                raise ConfigError(
+                    f"{name} must be [fewest, most] with 1 <= fewest <= most, got {list(low_high)}"
+                )
+
+    def _check_objectives(self) -> None:
         for objective in self.objectives:
             one_of("an objective", objective, Objective)
         _check_weights("objectives", self.objectives)
         _check_weights("ratios", self.ratios)
-        unknown = set(self.ratios) - {1, *self.compressor.ratio_set}
-        if unknown and not self.start:
+        for objective, name in _NEEDS.items():
+            if self.objectives.get(objective) and not getattr(self, name):
+                raise ConfigError(
+                    f"the objective {objective!r} needs files, got none; set {name} to file names or patterns"
+                )
+
+    def check(self, compressor: SoftConfig) -> None:
+        """Refuse what a compressor cannot be trained with; that of `start` is known only when it is loaded.
+
+        Raises:
+            ConfigError: names the setting to change.
+        """
+        ratios = {ratio for ratio, weight in self.ratios.items() if weight}
+        unknown = ratios - {1, *compressor.ratio_set}
+        if unknown:
             raise ConfigError(
-                f"ratios must be 1 (raw text) or of the ratio_set {list(self.compressor.ratio_set)}, got "
+                f"ratios must be 1 (raw text) or of the ratio_set {list(compressor.ratio_set)}, got "
                 f"{sorted(unknown)}"
             )
-        for objective, files in (("answer", self.questions), ("reconstruction", self.texts)):
-            if self.objectives.get(objective) and not files:
+        if 1 in ratios and not compressor.decoder_rank:
+            raise ConfigError(
+                "ratio 1 (raw text) trains only the decoder's adapter, got decoder_rank 0; remove ratio 1, "
+                "or raise decoder_rank"
+            )
+        for objective, name, longest in (
+            ("reconstruction", "tokens", self.tokens[1]),
+            ("continuation", "tokens", self.tokens[1]),
+            ("answer", "longest_document", self.longest_document),
+        ):
+            if self.objectives.get(objective) and longest > compressor.window:
                 raise ConfigError(
-                    f"the objective {objective!r} needs files, got none; set "
-                    f"{'questions' if objective == 'answer' else 'texts'} to file names or patterns"
+                    f"{name} must be at most the compressor's window of {compressor.window} tokens, which "
+                    f"are encoded together, got {longest}; lower {name}"
                 )
-        if self.objectives.get("continuation") and not self.texts:
-            raise ConfigError("the objective 'continuation' needs files, got none; set texts to file names")
 
     @classmethod
     def read(cls, path: Path) -> Recipe:
@@ -121,21 +167,9 @@ class Recipe:
         unknown = sorted(set(content) - known)
         if unknown:
             raise ConfigError(f"{path} sets {unknown}, which a recipe does not have; known: {sorted(known)}")
-        folder = path.parent
-        for name in ("texts", "questions"):
-            content[name] = tuple(_files(folder, pattern) for pattern in content.get(name, ()))
-            content[name] = tuple(file for files in content[name] for file in files)
-        for name in ("output", "start"):
-            if content.get(name):
-                content[name] = str(folder / content[name])
-        if "base" in content and (folder / content["base"]).is_dir():
-            content["base"] = str(folder / content["base"])
-        if "ratios" in content:
-            content["ratios"] = {int(ratio): weight for ratio, weight in content["ratios"].items()}
         try:
-            content["compressor"] = SoftConfig(**_tuples(content.get("compressor", {})))
-            return cls(**_tuples(content))
-        except TypeError as error:
+            return cls(**_settings(content, path.parent))
+        except (TypeError, AttributeError) as error:
             raise ConfigError(f"{path} does not fit a recipe: {error}") from error
 
     def to_json(self) -> str:
@@ -143,9 +177,29 @@ class Recipe:
         return json.dumps(dataclasses.asdict(self), indent=1, sort_keys=True)
 
 
+def _settings(content: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """What TOML says, in a recipe's own types; file names relative to `folder`."""
+    for name in ("texts", "questions"):
+        patterns = content.get(name, [])
+        if not isinstance(patterns, list):
+            raise ConfigError(f"{name} must be a list of file names or patterns, got {patterns!r}")
+        content[name] = tuple(file for pattern in patterns for file in _files(folder, pattern))
+    for name in ("output", "start"):
+        if content.get(name):
+            content[name] = str(folder / content[name])
+    if "base" in content and (folder / content["base"]).is_dir():
+        content["base"] = str(folder / content["base"])
+    if "ratios" in content:
+        if not all(ratio.isdecimal() for ratio in content["ratios"]):
+            raise ConfigError(f"ratios must be whole numbers with weights, got {content['ratios']}")
+        content["ratios"] = {int(ratio): weight for ratio, weight in content["ratios"].items()}
+    content["compressor"] = SoftConfig.from_dict(content.get("compressor", {}))
+    return _tuples(content)
+
+
 def _check_weights(name: str, weights: dict[Any, float]) -> None:
-    if not weights or min(weights.values()) < 0 or not sum(weights.values()) > 0:
-        raise ConfigError(f"{name} must have weights >= 0 that are not all 0, got {weights}")
+    if not weights or min(weights.values()) < 0 or not 0 < sum(weights.values()) < math.inf:
+        raise ConfigError(f"{name} must have finite weights >= 0 that are not all 0, got {weights}")
 
 
 def _tuples(content: dict[str, Any]) -> dict[str, Any]:
@@ -162,8 +216,5 @@ def _files(folder: Path, pattern: str) -> list[str]:
 
 
 def _tomllib() -> Any:
-    try:
-        import tomllib
-    except ModuleNotFoundError:  # Python 3.10
-        import tomli as tomllib
-    return tomllib
+    """The standard library's reader, or on Python 3.10 the package it came from."""
+    return importlib.import_module("tomllib" if sys.version_info >= (3, 11) else "tomli")

@@ -120,7 +120,7 @@ def test_contexts_beyond_the_window_are_cut_in_the_middle(
 
 @pytest.mark.parametrize(
     "wrong",
-    [{"rows": ()}, {"rows": ("text:best",)}, {"rows": ("soft:dast",)}, {"ratio": None}, {"budget": 5}],
+    [{"rows": ()}, {"rows": ("text:best",)}, {"rows": ("hard:dast",)}, {"ratio": None}, {"budget": 5}],
 )
 def test_wrong_rows_are_refused(wrong: dict[str, Any]) -> None:
     with pytest.raises(ConfigError):

@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from langchain_core.callbacks import Callbacks
 from langchain_core.documents import BaseDocumentCompressor, Document
 from langchain_core.runnables import Runnable, RunnablePassthrough
 from pydantic import ConfigDict, Field, PrivateAttr, model_validator
 
-from ctxcompress import AllocatorName, ConfigError, InputError, Mode
+from ctxcompress import AllocatorName, ConfigError, InputError
 
 if TYPE_CHECKING:
     from ctxcompress import CompressedDocument, ContextCompressor
@@ -41,7 +41,7 @@ class CtxCompressor(BaseDocumentCompressor):
         compression_ratio: original tokens / compressed tokens, >= 1. Give this or `budget`.
         budget: most tokens of all documents together, >= 1, counted by the compressor's own tokenizer.
         allocator: who decides each document's part: "dast", "uniform", "random", "bm25" or "embedding".
-        mode: "text" prunes words; "auto" leaves the choice to ctxcompress.
+        mode: "text" prunes words; "auto" is "text", as what comes out is read by any LLM.
         allow_drop: let worthless documents lose all their text; they are returned all the same, with "".
         score_key: metadata key of the retriever's score, higher is closer. The scores take part in the
             allocation when every document has one.
@@ -60,7 +60,7 @@ class CtxCompressor(BaseDocumentCompressor):
     compression_ratio: float | None = Field(default=None, ge=1, allow_inf_nan=False)
     budget: int | None = Field(default=None, ge=1)
     allocator: AllocatorName = "dast"
-    mode: Mode = "auto"
+    mode: Literal["auto", "text"] = "auto"
     allow_drop: bool = False
     score_key: str | None = None
     model: str = "embedded"
@@ -102,7 +102,7 @@ class CtxCompressor(BaseDocumentCompressor):
             query,
             budget=self.budget,
             compression_ratio=self.compression_ratio,
-            mode=self.mode,
+            mode="text",
             allocator=self.allocator,
             allow_drop=self.allow_drop,
         )

@@ -6,13 +6,13 @@ Nothing heavy happens at import or construction: the language model is loaded wh
 from __future__ import annotations
 
 import threading
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from llama_index.core.bridge.pydantic import ConfigDict, Field, PrivateAttr, model_validator
 from llama_index.core.postprocessor.types import BaseNodePostprocessor
 from llama_index.core.schema import NodeWithScore, QueryBundle
 
-from ctxcompress import AllocatorName, ConfigError, Mode
+from ctxcompress import AllocatorName, ConfigError
 
 if TYPE_CHECKING:
     from ctxcompress import CompressedDocument, ContextCompressor
@@ -41,7 +41,7 @@ class CtxCompressPostprocessor(BaseNodePostprocessor):
         budget: most tokens of all nodes' text together, >= 1, counted by the compressor's own tokenizer.
             Metadata that a synthesizer puts before the text is neither counted nor shortened.
         allocator: who decides each node's part: "dast", "uniform", "random", "bm25" or "embedding".
-        mode: "text" prunes words; "auto" leaves the choice to ctxcompress.
+        mode: "text" prunes words; "auto" is "text", as what comes out is read by any LLM.
         allow_drop: let worthless nodes lose all their text; they are returned all the same, with "".
         model: "embedded", a local folder or a hub id; loaded at first use.
         device: of the model, such as "cuda:1"; None takes CUDA if there is one.
@@ -58,7 +58,7 @@ class CtxCompressPostprocessor(BaseNodePostprocessor):
     compression_ratio: float | None = Field(default=None, ge=1, allow_inf_nan=False)
     budget: int | None = Field(default=None, ge=1)
     allocator: AllocatorName = "dast"
-    mode: Mode = "auto"
+    mode: Literal["auto", "text"] = "auto"
     allow_drop: bool = False
     model: str = "embedded"
     device: str | None = None
@@ -99,7 +99,7 @@ class CtxCompressPostprocessor(BaseNodePostprocessor):
             query_bundle.query_str if query_bundle else None,
             budget=self.budget,
             compression_ratio=self.compression_ratio,
-            mode=self.mode,
+            mode="text",
             allocator=self.allocator,
             allow_drop=self.allow_drop,
         )

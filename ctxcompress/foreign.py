@@ -1,0 +1,639 @@
+"""Others' checkpoints -> a compressor that is used like ours; any compressor -> a plain decoder for any engine.
+
+    sdcc   semi-dynamic compression (arXiv 2603.25926): config.json, projector.pth, encoder/ and decoder/ (LoRA or whole)
+    lclm   LCLM (arXiv 2606.09659): model_config.json, adapter/adapter.safetensors, encoder/ and decoder/ (whole)
+
+Both have the same data flow as ours, but two different base models: the encoder's states may have another size
+than the decoder's embeddings. What differs is told by the configuration: mask, end tokens, where windows start.
+Their code is not needed and none is run; the only pickle is projector.pth, read as tensors and nothing else.
+
+Shapes: B batch, M windows, D hidden.
+"""
+
+from __future__ import annotations
+
+import copy
+import glob
+import json
+import math
+import os
+import pickle
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from ctxcompress.backbone import Backbone
+from ctxcompress.config import SoftConfig
+from ctxcompress.errors import CheckpointError, ConfigError, ModelError
+from ctxcompress.pooling import pool
+from ctxcompress.soft import DECODER, ENCODER, Converter, EncodedText, Features, SoftCompressor
+
+Base = Backbone | str | os.PathLike[str]
+Layout = Literal["sdcc", "lclm"]
+
+# config.json records paths of the machine that trained; these are the models they end in.
+_HUB_IDS = {
+    name: f"Qwen/{name}"
+    for name in ("Qwen3-Embedding-0.6B", "Qwen3-0.6B", "Qwen3-4B", "Qwen3-4B-Instruct-2507")
+}
+_OLD_NAMES = {
+    "comp_ratio_or_len": "num_doc_tokens",
+    "feature_extract_method": "compress_method",
+    "mlp_converter_hidden_dim": "mlp_hidden_dim",
+    "base_encoder_model_path": "base_embed_model_path",
+    "base_decoder_model_path": "base_gen_model_path",
+}
+_METHODS = {
+    "mean_pooling": True,
+    "mean_pooling_by_ratio": True,
+    "mean_pooling_causal": False,
+    "mean_pooling_by_ratio_causal": False,
+}
+"""Methods of the semi-dynamic authors that we can run, and whether their encoder is bidirectional."""
+_PROJECTOR = {
+    "norm.weight": "rms_norm.weight",
+    "up.weight": "up_proj.weight",
+    "down.weight": "down_proj.weight",
+}
+_ADAPTER = {
+    "norm.weight": "norm.weight",
+    "up.weight": "fc1.weight",
+    "up.bias": "fc1.bias",
+    "down.weight": "fc2.weight",
+    "down.bias": "fc2.bias",
+}
+_TRAINED_TOKENS = 1300  # the longest context of the semi-dynamic authors' training
+_SUFFIXES = ("json", "safetensors", "pth", "txt", "jinja")
+
+
+class ForeignCompressor(SoftCompressor):
+    """A compressor whose encoder and decoder are different models, with the rules it was trained by.
+
+    Args:
+        encoder: its weights are shared, never changed; all its layers are used.
+        decoder: the same.
+        config: `residual` must be False.
+        end_ids: tokens appended to every text; `pool_end_token` says whether they are pooled.
+        bias: whether the converter's linear maps have biases.
+
+    Attributes:
+        around: token ids that the decoder was trained to see before and after the soft tokens of a text.
+    """
+
+    def __init__(
+        self, encoder: Backbone, decoder: Backbone, config: SoftConfig, *, end_ids: Sequence[int], bias: bool
+    ) -> None:
+        nn.Module.__init__(self)  # the parent's own builds both roles from one base
+        self.config = config
+        self.base_name = decoder.name
+        self.encoder = encoder.sharing(encoder.layers_heads[0])
+        self.decoder_model = decoder.sharing()
+        hidden, embedding = (part.model.config.hidden_size for part in (encoder, decoder))
+        with torch.device(encoder.device):
+            self.converter = Converter(hidden, config.converter_size, embedding, 1.0, residual=False)
+            if bias:
+                self.converter.up = nn.Linear(hidden, config.converter_size)
+                self.converter.down = nn.Linear(config.converter_size, embedding)
+            self.ratio_head = nn.Linear(hidden, 1)
+        # A copy: the last end token is the one that `read` appends, and it may not be the tokenizer's own.
+        self.tokenizer = copy.deepcopy(encoder.tokenizer)
+        self.tokenizer.eos_token = self.tokenizer.convert_ids_to_tokens(end_ids[-1])
+        self._before_end = tuple(end_ids[:-1])
+        self._decoder_tokenizer = decoder.tokenizer
+        self.around: tuple[tuple[int, ...], tuple[int, ...]] = ((), ())
+        self.window = min(config.window, encoder.window - len(end_ids))
+        self.base_fingerprint = f"{decoder.fingerprint}-{encoder.fingerprint}"
+        self.fingerprint = ""
+
+    @property
+    def decoder(self) -> Backbone:
+        """The model that reads the soft tokens."""
+        return Backbone(self.decoder_model, self._decoder_tokenizer, name=self.base_name)
+
+    @torch.inference_mode()
+    def encode(self, texts: Sequence[Sequence[int]], ratio: int | None = None) -> list[EncodedText]:
+        """As the parent's, with pieces cut so that joined pieces can be pooled further.
+
+        Only the piece with the partial window is shorter than the others: the first with windows aligned at the
+        end, else the last. Every piece has end tokens of its own.
+        """
+        pieces = [self._pieces(ids) for ids in texts]
+        parts = iter(super().encode([piece for text in pieces for piece in text], ratio))
+        return [
+            _joined([next(parts) for _ in text], len(ids)) for ids, text in zip(texts, pieces, strict=True)
+        ]
+
+    def read(self, texts: Sequence[Sequence[int]], ratio: int) -> tuple[Features, Tensor]:
+        """As the parent's."""
+        return super().read([self._ended(ids) for ids in texts], ratio)
+
+    def pooled(self, features: Features, factor: int) -> Features:
+        """As the parent's, but aligned at the end of every row, whatever the padding after it."""
+        if self.config.window_alignment == "end":
+            features = _shifted(features, factor)
+        states_BMD, counts_BM = pool(features.states_BMD, features.counts_BM, factor)
+        embeddings_BMD, _ = pool(features.embeddings_BMD, features.counts_BM, factor)
+        return Features(states_BMD, embeddings_BMD, counts_BM)
+
+    def _ended(self, ids: Sequence[int]) -> Sequence[int]:
+        """`ids` and all end tokens but the last; unchanged if it has them, as pieces of `encode` do."""
+        known = len(self._before_end)
+        # Text never ends with a control token of its own: it is encoded as plain text.
+        return ids if tuple(ids[len(ids) - known :]) == self._before_end else [*ids, *self._before_end]
+
+    def _pieces(self, ids: Sequence[int]) -> list[Sequence[int]]:
+        coarsest = self.config.ratio_set[-1]
+        size = self.window - self.window % coarsest or self.window
+        if self.config.pool_end_token:  # together with its end tokens a piece is whole windows
+            size = max(size - len(self._before_end) - 1, 1)
+        first = len(ids) % size if self.config.window_alignment == "end" else 0
+        cuts = [0, *range(first or size, len(ids), size), len(ids)]
+        return [self._ended(ids[start:stop]) for start, stop in zip(cuts, cuts[1:], strict=False)]
+
+
+def is_foreign(folder: str | os.PathLike[str]) -> Layout | None:
+    """Whose layout a local folder has; None if it is neither of those `load_foreign` reads."""
+    path = Path(folder)
+    if _keys(path / "model_config.json") & {"compression_ratio", "chunk_size"}:
+        return "lclm"
+    if _keys(path / "config.json") & {"comp_ratio_or_len", _OLD_NAMES["comp_ratio_or_len"]}:
+        return "sdcc"
+    return None
+
+
+def load_foreign(
+    folder: str | os.PathLike[str],
+    *,
+    device: str | torch.device | None = None,
+    dtype: torch.dtype | None = None,
+    encoder: Base | None = None,
+    decoder: Base | None = None,
+    end_tokens: Sequence[int] | None = None,
+) -> ForeignCompressor:
+    """Load a checkpoint of the semi-dynamic authors or of LCLM.
+
+    Of the semi-dynamic authors' two pooling rules this is the one they train with: windows end at the last token.
+    Their partial first window is a sum over its tokens divided by the whole window's size; here it is the mean.
+    The converter's norm removes that factor.
+
+    Args:
+        folder: local, or `OWNER/REPOSITORY` of the hub, with `/SUB/FOLDER` if it is one of several there.
+        device: None takes CUDA if there is one, else the CPU.
+        dtype: None takes bfloat16 where the processor computes in it, else float32.
+        encoder: base model of the encoder, loaded or by name; None takes the one the checkpoint names.
+        decoder: the same for the decoder.
+        end_tokens: ids appended to every text, for "sdcc", which does not record them; None takes what the
+            authors' latest code appends: what the encoder's tokenizer adds by itself, then its end token unless
+            that is already last.
+
+    Raises:
+        CheckpointError: missing files or keys, wrong shapes, NaN, pickles in place of safetensors, or an unknown
+            layout or method.
+        ModelError: a base model cannot be loaded.
+    """
+    path = _fetched(folder)
+    layout = is_foreign(path)
+    if layout is None:
+        raise CheckpointError(
+            f"{path} must hold config.json with comp_ratio_or_len (semi-dynamic) or model_config.json with "
+            f"compression_ratio (LCLM), got neither; check the path, or name the sub-folder"
+        )
+    given = {ENCODER: encoder, DECODER: decoder}
+    try:
+        if layout == "sdcc":
+            compressor = _load_sdcc(path, given, device, dtype, end_tokens)
+        else:
+            if end_tokens is not None:
+                raise ConfigError("end_tokens are for semi-dynamic checkpoints, got LCLM; leave them out")
+            compressor = _load_lclm(path, given, device, dtype)
+    except KeyError as error:
+        raise CheckpointError(
+            f"the configuration in {path} needs the key {error}, which is missing; copy the checkpoint again"
+        ) from error
+    compressor.finish()
+    return compressor
+
+
+def export_merged(compressor: SoftCompressor, folder: str | os.PathLike[str]) -> None:
+    """Write the decoder as a plain Hugging Face model: adapter merged into a copy of the weights, and tokenizer.
+
+    For engines that take embeddings but no adapters. The compressor and its base stay as they are; memory for one
+    more copy of the adapted weights is needed.
+
+    Args:
+        compressor: whose decoder to write.
+        folder: made if missing; files in it are replaced.
+    """
+    decoder = compressor.decoder
+    model = decoder.sharing()
+    adapted = [(name, module) for name, module in model.named_modules() if hasattr(module, "base_layer")]
+    for name, module in adapted:
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, _merged(module))
+    # PEFT leaves this behind; with it transformers would save the adapter instead of the model.
+    vars(model).pop("peft_config", None)
+    model.save_pretrained(folder)
+    decoder.tokenizer.save_pretrained(folder)
+
+
+def _merged(adapted: Any) -> nn.Linear:
+    """One linear map that computes what `adapted` does."""
+    base = adapted.base_layer
+    plain = nn.Linear(base.in_features, base.out_features, bias=base.bias is not None, device="meta")
+    with torch.no_grad():
+        # In float32: the sum is rounded once, to the base's dtype.
+        weight = base.weight.float()
+        for name in adapted.active_adapters:
+            up, down = adapted.lora_B[name].weight.float(), adapted.lora_A[name].weight.float()
+            weight = weight + adapted.scaling[name] * (up @ down)
+    plain.weight = nn.Parameter(weight.to(base.weight.dtype), requires_grad=False)
+    plain.bias = base.bias
+    return plain
+
+
+def _load_sdcc(
+    path: Path,
+    given: Mapping[str, Base | None],
+    device: str | torch.device | None,
+    dtype: torch.dtype | None,
+    end_tokens: Sequence[int] | None,
+) -> ForeignCompressor:
+    settings = _json(path / "config.json")
+    settings |= {
+        new: settings[old] for new, old in _OLD_NAMES.items() if new not in settings and old in settings
+    }
+    method = settings["feature_extract_method"]
+    if method not in _METHODS:
+        raise CheckpointError(
+            f"feature_extract_method in {path} must be one of {', '.join(_METHODS)}, got {method!r}; choose a "
+            "checkpoint that pools means"
+        )
+    keep = settings["comp_ratio_or_len"]
+    ratios = sorted({round(1 / share) for share in _shares(keep, path)})
+    size = math.lcm(*ratios)
+    config = _config(
+        path,
+        ratio_set=tuple(ratios),
+        bidirectional=_METHODS[method],
+        converter_size=settings["mlp_converter_hidden_dim"],
+        window=_TRAINED_TOKENS - _TRAINED_TOKENS % size or size,
+        window_alignment="end",
+        pool_end_token=True,
+        ratio_space="log" if settings.get("discretize_compare_in_log") else "linear",
+    )
+    homes = {
+        role: next((path / name for name in names if (path / name).is_dir()), path / names[0])
+        for role, names in ((ENCODER, ("encoder", "embed_model")), (DECODER, ("decoder", "gen_model")))
+    }
+    recorded = {role: str(settings[f"base_{role}_model_path"]) for role in homes}
+    bases = _bases(homes, {role: given[role] or recorded[role] for role in homes}, given, device, dtype)
+    end_ids = _end_ids(bases[ENCODER], end_tokens)
+    compressor = ForeignCompressor(bases[ENCODER], bases[DECODER], config, end_ids=end_ids, bias=False)
+    for role in homes:
+        _load_lora(compressor, role, homes[role])
+    tensors = _projector(path / "projector.pth")
+    head = (
+        {key: tensors.pop(f"compress_ratio_head.{key}") for key in ("weight", "bias")}
+        if any(key.startswith("compress_ratio_head.") for key in tensors)
+        else None
+    )
+    _fill(compressor.converter, _PROJECTOR, tensors, path / "projector.pth")
+    if head is None:
+        _fix_ratio(compressor)
+    else:
+        _fill(compressor.ratio_head, {key: key for key in head}, head, path / "projector.pth")
+    return compressor
+
+
+def _load_lclm(
+    path: Path,
+    given: Mapping[str, Base | None],
+    device: str | torch.device | None,
+    dtype: torch.dtype | None,
+) -> ForeignCompressor:
+    settings = {"boundary_overlap": 0, "adapter_type": "mlp", **_json(path / "model_config.json")}
+    settings.setdefault("compression_ratio", settings.get("chunk_size"))
+    for key, wanted in (
+        ("pooling", "mean"),
+        ("encoder_mask_type", "causal"),
+        ("boundary_overlap", 0),
+        ("adapter_type", "mlp"),
+    ):
+        if settings[key] != wanted:
+            raise CheckpointError(
+                f"{key} in {path}/model_config.json must be {wanted!r} as in all published checkpoints, got "
+                f"{settings[key]!r}; choose one of those"
+            )
+    homes = {role: path / role for role in (ENCODER, DECODER)}
+    bases = _bases(homes, {role: given[role] or homes[role] for role in homes}, given, device, dtype)
+    config = _config(
+        path,
+        ratio_set=(settings["compression_ratio"],),
+        bidirectional=False,
+        converter_size=bases[DECODER].model.config.hidden_size,
+        window=settings["encoder_window_size"],
+    )
+    # LCLM appends no end token. The one `read` adds is not pooled, and a causal encoder's text cannot see it.
+    end_ids = _end_ids(bases[ENCODER], None)[-1:]
+    compressor = ForeignCompressor(bases[ENCODER], bases[DECODER], config, end_ids=end_ids, bias=True)
+    file = path / "adapter" / "adapter.safetensors"
+    _fill(compressor.converter, _ADAPTER, _safetensors(file), file)
+    _fix_ratio(compressor)
+    start, end = bases[DECODER].tokenizer.convert_tokens_to_ids(["<|memory_start|>", "<|memory_end|>"])
+    if None in {start, end} or start == end:
+        raise CheckpointError(
+            f"the decoder's tokenizer must know <|memory_start|> and <|memory_end|>, got {bases[DECODER].name}'s, "
+            "which does not; copy the tokenizer files of the checkpoint's decoder/ again"
+        )
+    compressor.around = ((start,), (end,))
+    return compressor
+
+
+def _config(path: Path, **values: Any) -> SoftConfig:
+    try:
+        # Ranks are the adapters' own and need not be equal; nothing reads these two.
+        return SoftConfig(residual=False, encoder_rank=1, decoder_rank=0, **values)
+    except (ConfigError, TypeError) as error:
+        raise CheckpointError(
+            f"the configuration in {path} describes no compressor of ours: {error}"
+        ) from error
+
+
+def _shares(keep: Any, path: Path) -> list[float]:
+    """The fractions of tokens to keep, which is how the authors write ratios."""
+    shares = list(keep) if isinstance(keep, list) else [keep]
+    if not shares or not all(isinstance(share, float) and 0 < share < 1 for share in shares):
+        raise CheckpointError(
+            f"comp_ratio_or_len in {path} must be fractions to keep, between 0 and 1, got {keep!r}; checkpoints "
+            "with a fixed number of soft tokens cannot be loaded"
+        )
+    return shares
+
+
+def _bases(
+    homes: Mapping[str, Path],
+    sources: Mapping[str, Base],
+    given: Mapping[str, Base | None],
+    device: str | torch.device | None,
+    dtype: torch.dtype | None,
+) -> dict[str, Backbone]:
+    """The base model of each role; loaded once where both roles have the same."""
+    bases: dict[str, Backbone] = {}
+    loaded: dict[str, Backbone] = {}
+    for role, home in homes.items():
+        source = sources[role]
+        if given[role] is None:
+            source = _whole_model(home) or _base_name(str(source), role)
+        if not isinstance(source, Backbone):
+            name = str(source)
+            if name not in loaded:
+                loaded[name] = Backbone.from_pretrained(name, device=device, dtype=dtype)
+            source = loaded[name]
+        bases[role] = source
+    return bases
+
+
+def _whole_model(home: Path) -> Path | None:
+    """`home` if it holds a whole model, None if it holds an adapter or nothing."""
+    if not (home / "config.json").is_file():
+        return None
+    if not any((home / name).is_file() for name in ("model.safetensors", "model.safetensors.index.json")):
+        found = sorted(file.name for file in home.iterdir())
+        raise CheckpointError(
+            f"{home} must hold model.safetensors, got {', '.join(found)}; pickled weights (.bin) are not read: "
+            "load them where you trust them and save them with save_pretrained"
+        )
+    if not (home / "tokenizer.json").is_file():
+        raise CheckpointError(
+            f"{home} must hold tokenizer.json, got none; copy the tokenizer files of its base model into it"
+        )
+    return home
+
+
+def _base_name(recorded: str, role: str) -> str:
+    """Where the base model is: the recorded path if it exists here, else the hub's model of that name."""
+    parts = recorded.rstrip("/").split("/")
+    if Path(recorded).is_dir():
+        return recorded
+    if parts[-1] in _HUB_IDS:
+        return _HUB_IDS[parts[-1]]
+    if len(parts) == 2 and all(parts):
+        return recorded
+    raise CheckpointError(
+        f"the {role}'s base model was expected at {recorded!r}, where the checkpoint was trained, got no such "
+        f"folder; pass {role}=, the name or folder of that model"
+    )
+
+
+def _end_ids(encoder: Backbone, wanted: Sequence[int] | None) -> tuple[int, ...]:
+    tokenizer = encoder.tokenizer
+    if wanted is not None:
+        ids = tuple(wanted)
+        if not ids or not all(0 <= token < len(tokenizer) for token in ids):
+            raise ConfigError(
+                f"end_tokens must be at least one id of the encoder's {len(tokenizer)} tokens, got {list(ids)}"
+            )
+        return ids
+    if tokenizer.eos_token_id is None:
+        raise CheckpointError(
+            f"the encoder's tokenizer ({encoder.name}) must have an end token, got none; pass end_tokens="
+        )
+    plain, ended = (tokenizer("a", add_special_tokens=special)["input_ids"] for special in (False, True))
+    own = tuple(ended[ended.index(plain[-1]) + 1 :])
+    return own if own[-1:] == (tokenizer.eos_token_id,) else (*own, tokenizer.eos_token_id)
+
+
+def _load_lora(compressor: ForeignCompressor, role: str, home: Path) -> None:
+    """Put the adapter in `home`, if there is one, on the encoder or the decoder."""
+    from peft import LoraConfig, inject_adapter_in_model
+
+    if not (home / "adapter_config.json").is_file():
+        return
+    settings = _json(home / "adapter_config.json")
+    plain = {"peft_type": "LORA", "bias": "none", "use_dora": False, "modules_to_save": None}
+    for key, wanted in plain.items():
+        if settings.get(key, wanted) != wanted:
+            raise CheckpointError(
+                f"{key} in {home}/adapter_config.json must be {wanted!r}, got {settings[key]!r}; such adapters "
+                "cannot be loaded: merge it into its base, and save that as the whole model"
+            )
+    model = compressor.encoder if role == ENCODER else compressor.decoder_model
+    config = LoraConfig(
+        r=settings["r"],
+        lora_alpha=settings["lora_alpha"],
+        target_modules=settings["target_modules"],
+        use_rslora=settings.get("use_rslora", False),
+        rank_pattern=settings.get("rank_pattern") or {},
+        alpha_pattern=settings.get("alpha_pattern") or {},
+    )
+    try:
+        inject_adapter_in_model(config, model, adapter_name=role)
+    except ValueError as error:
+        raise CheckpointError(
+            f"the adapter in {home} does not fit its base model: {error}; pass {role}= with the right one"
+        ) from error
+    file = home / "adapter_model.safetensors"
+    # Encoders are saved without a head, decoders with one: names differ by "model.".
+    found = {
+        key.removeprefix("base_model.model.").removeprefix("model."): tensor
+        for key, tensor in _safetensors(file).items()
+    }
+    names = {
+        name: name.removeprefix("model.").replace(f".{role}.weight", ".weight")
+        for name, _ in model.named_parameters()
+        if "lora_" in name
+    }
+    _fill(model, names, found, file)
+
+
+def _fill(module: nn.Module, names: Mapping[str, str], tensors: Mapping[str, Tensor], file: Path) -> None:
+    """Put tensors of a file in place.
+
+    Args:
+        module: to fill.
+        names: parameter of the module -> key of the file; all of the file must be used.
+        tensors: of the file.
+        file: for messages.
+    """
+    missing, unknown = set(names.values()) - tensors.keys(), tensors.keys() - set(names.values())
+    if missing or unknown:
+        raise CheckpointError(
+            f"{file} must hold {len(names)} tensors by name, got {_few(missing)} missing and {_few(unknown)} "
+            "unknown; copy the checkpoint again, or pass the base model it was trained on"
+        )
+    for name, key in names.items():
+        parameter, tensor = module.get_parameter(name), tensors[key]
+        if parameter.shape != tensor.shape or not torch.isfinite(tensor).all():
+            raise CheckpointError(
+                f"{key} in {file} must be finite and of shape {tuple(parameter.shape)}, got shape "
+                f"{tuple(tensor.shape)} or NaN; copy the checkpoint again, or pass the base model it was trained on"
+            )
+        parameter.data = tensor.to(parameter.device)
+
+
+def _few(names: Iterable[str]) -> str:
+    listed = sorted(names)
+    return ", ".join(listed[:3]) + (f" and {len(listed) - 3} more" if len(listed) > 3 else "") or "none"
+
+
+def _fix_ratio(compressor: ForeignCompressor) -> None:
+    """For checkpoints without a ratio head: it predicts the middle of the set for every text."""
+    logs = [math.log2(ratio) for ratio in compressor.config.ratio_set]
+    nn.init.zeros_(compressor.ratio_head.weight)
+    nn.init.constant_(compressor.ratio_head.bias, sum(logs) / len(logs))
+
+
+def _projector(file: Path) -> dict[str, Tensor]:
+    """Tensors of projector.pth by name, in any of the three forms it was saved in."""
+    try:
+        content = torch.load(file, map_location="cpu", weights_only=True)
+    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        raise CheckpointError(
+            f"{file} must be a file of tensors, got: {str(error).splitlines()[0] if str(error) else error!r}; "
+            "copy the checkpoint again"
+        ) from error
+    flat: dict[str, Any] = {}
+    for name, value in (content if isinstance(content, dict) else {"": content}).items():
+        flat |= (
+            {f"{name}.{key}": part for key, part in value.items()}
+            if isinstance(value, dict)
+            else {name: value}
+        )
+    strange = [name for name, value in flat.items() if not isinstance(value, Tensor)]
+    if strange:
+        raise CheckpointError(
+            f"{file} must hold tensors by name, got {_few(map(str, strange))}; copy it again"
+        )
+    return {name.removeprefix("projector."): value for name, value in flat.items()}
+
+
+def _safetensors(file: Path) -> dict[str, Tensor]:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        tensors: dict[str, Tensor] = load_file(file)
+    except (OSError, SafetensorError) as error:
+        pickles = [name.name for name in file.parent.glob("*") if name.suffix in {".bin", ".pt", ".pth"}]
+        remedy = (
+            f"pickles ({_few(pickles)}) are not read, save them as safetensors"
+            if pickles
+            else "copy it again"
+        )
+        raise CheckpointError(f"{file} must be a safetensors file, got: {error}; {remedy}") from error
+    return tensors
+
+
+def _json(file: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+        return dict(content.items())
+    except (OSError, ValueError, AttributeError) as error:
+        raise CheckpointError(
+            f"{file} must hold a JSON object, got: {error}; copy the checkpoint again"
+        ) from error
+
+
+def _keys(file: Path) -> set[str]:
+    try:
+        return set(_json(file))
+    except CheckpointError:
+        return set()
+
+
+def _fetched(folder: str | os.PathLike[str]) -> Path:
+    """`folder` if it is local, else the hub's, downloaded without pickles other than projector.pth."""
+    if Path(folder).is_dir():
+        return Path(folder)
+    name = os.fspath(folder)
+    parts = name.split("/")
+    if len(parts) < 2 or parts[0] in {"", ".", "..", "~"} or not all(parts):
+        raise CheckpointError(
+            f"a checkpoint folder or OWNER/REPOSITORY[/SUB/FOLDER] of the hub was expected, got {name!r}, which is "
+            "neither; check the path"
+        )
+    from huggingface_hub import snapshot_download
+
+    inside = "/".join(parts[2:])
+    patterns = [f"{glob.escape(inside)}/*.{suffix}" if inside else f"*.{suffix}" for suffix in _SUFFIXES]
+    try:
+        fetched = Path(snapshot_download("/".join(parts[:2]), allow_patterns=patterns))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(
+            f"{name!r} is no local folder and could not be fetched from the hub: {error}; check the spelling and "
+            "the connection"
+        ) from error
+    return fetched / inside
+
+
+def _joined(parts: Sequence[EncodedText], tokens: int) -> EncodedText:
+    """One text of its pieces."""
+    features = [part.features for part in parts]
+    return EncodedText(
+        Features(
+            torch.cat([part.states_BMD for part in features]),
+            torch.cat([part.embeddings_BMD for part in features]),
+            torch.cat([part.counts_BM for part in features]),
+        ),
+        parts[0].ratio,
+        tokens,
+        sum(part.log2_ratio for part in parts) / len(parts),
+    )
+
+
+def _shifted(features: Features, factor: int) -> Features:
+    """Empty windows put before every row, so that whole groups of `factor` windows end where the row does."""
+    real_B1 = (features.counts_BM > 0).sum(dim=-1, keepdim=True)
+    missing_B1 = -real_B1 % factor
+    width = int((real_B1 + missing_B1).max())
+    places_BM = torch.arange(width, device=real_B1.device) - missing_B1
+    inside_BM = (places_BM >= 0) & (places_BM < real_B1)
+    places_BM = places_BM.clamp(min=0).minimum((real_B1 - 1).clamp(min=0))
+    return Features(
+        features.states_BMD.take_along_dim(places_BM[..., None], dim=-2),
+        features.embeddings_BMD.take_along_dim(places_BM[..., None], dim=-2),
+        features.counts_BM.take_along_dim(places_BM, dim=-1) * inside_BM,
+    )
