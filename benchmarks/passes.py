@@ -2,8 +2,7 @@
 
     python benchmarks/passes.py --tokens 2000
 
-Memory: each variant runs in a process of its own, whose highest resident size is read before and during the
-    pass; the
+Memory: each variant runs in a process of its own, whose resident size is read before and during the pass; the
 figure is the growth, so weights and imports do not count. Times: medians of interleaved repetitions in one
 process.
 """
@@ -17,6 +16,7 @@ import statistics
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import psutil
@@ -65,7 +65,7 @@ VARIANTS: dict[str, Callable[[Backbone, list[int]], None]] = {
 }
 
 
-def peak_growth(variant: str, tokens: int, queue: multiprocessing.Queue[float]) -> None:
+def peak_growth(variant: str, tokens: int) -> float:
     """Growth of the resident size during one pass, in MB, sampled every millisecond."""
     backbone = Backbone.from_pretrained()
     ids = tokens_of_pages(backbone, tokens)
@@ -82,18 +82,13 @@ def peak_growth(variant: str, tokens: int, queue: multiprocessing.Queue[float]) 
     VARIANTS[variant](backbone, ids)
     finished.set()
     watcher.join()
-    queue.put((max(peak[0], process.memory_info().rss) - before) / 1e6)
+    return (max(peak[0], process.memory_info().rss) - before) / 1e6
 
 
 def in_own_process(variant: str, tokens: int) -> float:
     """`peak_growth` of a variant in a fresh interpreter."""
-    context = multiprocessing.get_context("spawn")
-    queue: multiprocessing.Queue[float] = context.Queue()
-    process = context.Process(target=peak_growth, args=(variant, tokens, queue))
-    process.start()
-    growth = queue.get()
-    process.join()
-    return growth
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(peak_growth, variant, tokens).result()
 
 
 def seconds(work: Callable[[], object]) -> float:

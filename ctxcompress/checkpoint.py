@@ -66,6 +66,7 @@ def save(
         "format": FORMAT,
         "base": {"name": compressor.base_name, "fingerprint": compressor.base_fingerprint},
         "compressor": to_dict(compressor.config),
+        "fingerprint": compressor.identity(),
         "measured": measured or {},
         "files": {name: hashlib.sha256(content).hexdigest() for name, content in contents.items()},
     }
@@ -107,6 +108,11 @@ def load(base: Backbone, folder: str | os.PathLike[str], *, trainable: bool = Fa
             tensors |= _named(name, content)
     _fill(compressor, tensors, path)
     compressor.finish(trainable=trainable)
+    if compressor.fingerprint != description["fingerprint"]:
+        raise CheckpointError(
+            f"the settings in config.json of {path} must be those its weights were saved with "
+            f"({description['fingerprint']}), got others ({compressor.fingerprint}); copy the whole folder again"
+        )
     return compressor
 
 
@@ -131,6 +137,7 @@ def describe(folder: Path) -> dict[str, Any]:
             )
         for key in ("base", "compressor", "files"):
             description[key].keys()
+        description["base"]["name"], description["base"]["fingerprint"], description["fingerprint"]
     except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
         raise CheckpointError(
             f"an adapter folder with a config.json was expected at {folder}, got: {error!r}; check the path"

@@ -1,11 +1,13 @@
-"""Others' checkpoints -> a compressor that is used like ours; any compressor -> a plain decoder for any engine.
+"""Others' checkpoints -> a compressor used like ours; any compressor -> a plain decoder for any engine.
 
-    sdcc   semi-dynamic compression (arXiv 2603.25926): config.json, projector.pth, encoder/ and decoder/ (LoRA or whole)
-    lclm   LCLM (arXiv 2606.09659): model_config.json, adapter/adapter.safetensors, encoder/ and decoder/ (whole)
+    sdcc   semi-dynamic compression (arXiv 2603.25926): config.json, projector.pth, and encoder/ and decoder/,
+           each a LoRA adapter or a whole model
+    lclm   LCLM (arXiv 2606.09659): model_config.json, adapter/adapter.safetensors, and encoder/ and decoder/,
+           whole models
 
-Both have the same data flow as ours, but two different base models: the encoder's states may have another size
-than the decoder's embeddings. What differs is told by the configuration: mask, end tokens, where windows start.
-Their code is not needed and none is run; the only pickle is projector.pth, read as tensors and nothing else.
+Both have the same data flow as ours, but two different bases: the encoder's states may have another size than
+the decoder's embeddings. What differs is told by the configuration: mask, end tokens, where windows start.
+None of their code is run; the only pickle is projector.pth, read as tensors and nothing else.
 
 Shapes: B batch, M windows, D hidden.
 """
@@ -13,12 +15,15 @@ Shapes: B batch, M windows, D hidden.
 from __future__ import annotations
 
 import copy
+import functools
 import glob
+import itertools
 import json
 import math
 import os
 import pickle
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -27,7 +32,7 @@ from torch import Tensor, nn
 
 from ctxcompress.backbone import Backbone
 from ctxcompress.config import SoftConfig
-from ctxcompress.errors import CheckpointError, ConfigError, ModelError
+from ctxcompress.errors import CheckpointError, ConfigError
 from ctxcompress.pooling import pool
 from ctxcompress.soft import DECODER, ENCODER, Converter, EncodedText, Features, SoftCompressor
 
@@ -53,20 +58,30 @@ _METHODS = {
     "mean_pooling_by_ratio_causal": False,
 }
 """Methods of the semi-dynamic authors that we can run, and whether their encoder is bidirectional."""
+# Our parameter -> their key.
 _PROJECTOR = {
-    "norm.weight": "rms_norm.weight",
-    "up.weight": "up_proj.weight",
-    "down.weight": "down_proj.weight",
+    "converter.norm.weight": "rms_norm.weight",
+    "converter.up.weight": "up_proj.weight",
+    "converter.down.weight": "down_proj.weight",
 }
+_HEAD = {f"ratio_head.{kind}": f"compress_ratio_head.{kind}" for kind in ("weight", "bias")}
 _ADAPTER = {
-    "norm.weight": "norm.weight",
-    "up.weight": "fc1.weight",
-    "up.bias": "fc1.bias",
-    "down.weight": "fc2.weight",
-    "down.bias": "fc2.bias",
+    "converter.norm.weight": "norm.weight",
+    "converter.up.weight": "fc1.weight",
+    "converter.up.bias": "fc1.bias",
+    "converter.down.weight": "fc2.weight",
+    "converter.down.bias": "fc2.bias",
 }
 _TRAINED_TOKENS = 1300  # the longest context of the semi-dynamic authors' training
 _SUFFIXES = ("json", "safetensors", "pth", "txt", "jinja")
+
+
+@dataclass(frozen=True, slots=True)
+class _Given:
+    """What the caller of `load_foreign` says about the bases, and how one is loaded."""
+
+    bases: Mapping[str, Base | None]
+    load: Callable[[str], Backbone]
 
 
 class ForeignCompressor(SoftCompressor):
@@ -117,8 +132,8 @@ class ForeignCompressor(SoftCompressor):
     def encode(self, texts: Sequence[Sequence[int]], ratio: int | None = None) -> list[EncodedText]:
         """As the parent's, with pieces cut so that joined pieces can be pooled further.
 
-        Only the piece with the partial window is shorter than the others: the first with windows aligned at the
-        end, else the last. Every piece has end tokens of its own.
+        Only the piece with the partial window is shorter than the others: the first if windows are aligned at
+        the end, else the last. Every piece has end tokens of its own.
         """
         pieces = [self._pieces(ids) for ids in texts]
         parts = iter(super().encode([piece for text in pieces for piece in text], ratio))
@@ -151,7 +166,7 @@ class ForeignCompressor(SoftCompressor):
             size = max(size - len(self._before_end) - 1, 1)
         first = len(ids) % size if self.config.window_alignment == "end" else 0
         cuts = [0, *range(first or size, len(ids), size), len(ids)]
-        return [self._ended(ids[start:stop]) for start, stop in zip(cuts, cuts[1:], strict=False)]
+        return [self._ended(ids[start:stop]) for start, stop in itertools.pairwise(cuts)]
 
 
 def is_foreign(folder: str | os.PathLike[str]) -> Layout | None:
@@ -175,9 +190,9 @@ def load_foreign(
 ) -> ForeignCompressor:
     """Load a checkpoint of the semi-dynamic authors or of LCLM.
 
-    Of the semi-dynamic authors' two pooling rules this is the one they train with: windows end at the last token.
-    Their partial first window is a sum over its tokens divided by the whole window's size; here it is the mean.
-    The converter's norm removes that factor.
+    Of the semi-dynamic authors' two pooling rules this is the one they train with: windows end at the last
+    token. Their partial first window is divided by the whole window's size, ours by the tokens in it; the
+    converter's norm removes that factor.
 
     Args:
         folder: local, or `OWNER/REPOSITORY` of the hub, with `/SUB/FOLDER` if it is one of several there.
@@ -186,12 +201,13 @@ def load_foreign(
         encoder: base model of the encoder, loaded or by name; None takes the one the checkpoint names.
         decoder: the same for the decoder.
         end_tokens: ids appended to every text, for "sdcc", which does not record them; None takes what the
-            authors' latest code appends: what the encoder's tokenizer adds by itself, then its end token unless
-            that is already last.
+            authors' latest code appends: what the encoder's tokenizer adds by itself, then its end token
+            unless that is already last.
 
     Raises:
-        CheckpointError: missing files or keys, wrong shapes, NaN, pickles in place of safetensors, or an unknown
-            layout or method.
+        CheckpointError: missing files or keys, wrong shapes, NaN, pickles in place of safetensors, or an
+            unknown layout or method.
+        ConfigError: `end_tokens` that are no tokens, or given for LCLM.
         ModelError: a base model cannot be loaded.
     """
     path = _fetched(folder)
@@ -201,14 +217,15 @@ def load_foreign(
             f"{path} must hold config.json with comp_ratio_or_len (semi-dynamic) or model_config.json with "
             f"compression_ratio (LCLM), got neither; check the path, or name the sub-folder"
         )
-    given = {ENCODER: encoder, DECODER: decoder}
+    if layout == "lclm" and end_tokens is not None:
+        raise ConfigError("end_tokens are for semi-dynamic checkpoints, got an LCLM one; leave them out")
+    # Cached: where both roles have the same base, its weights are there once.
+    given = _Given(
+        {ENCODER: encoder, DECODER: decoder},
+        functools.cache(functools.partial(Backbone.from_pretrained, device=device, dtype=dtype)),
+    )
     try:
-        if layout == "sdcc":
-            compressor = _load_sdcc(path, given, device, dtype, end_tokens)
-        else:
-            if end_tokens is not None:
-                raise ConfigError("end_tokens are for semi-dynamic checkpoints, got LCLM; leave them out")
-            compressor = _load_lclm(path, given, device, dtype)
+        compressor = _load_lclm(path, given) if layout == "lclm" else _load_sdcc(path, given, end_tokens)
     except KeyError as error:
         raise CheckpointError(
             f"the configuration in {path} needs the key {error}, which is missing; copy the checkpoint again"
@@ -218,10 +235,10 @@ def load_foreign(
 
 
 def export_merged(compressor: SoftCompressor, folder: str | os.PathLike[str]) -> None:
-    """Write the decoder as a plain Hugging Face model: adapter merged into a copy of the weights, and tokenizer.
+    """Write the decoder as a plain Hugging Face model, its adapter merged into a copy of the weights.
 
-    For engines that take embeddings but no adapters. The compressor and its base stay as they are; memory for one
-    more copy of the adapted weights is needed.
+    For engines that take embeddings but no adapters. The compressor and its base stay as they are; this needs
+    memory for one more copy of the adapted weights. The tokenizer is written, too.
 
     Args:
         compressor: whose decoder to write.
@@ -233,8 +250,6 @@ def export_merged(compressor: SoftCompressor, folder: str | os.PathLike[str]) ->
     for name, module in adapted:
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, _merged(module))
-    # PEFT leaves this behind; with it transformers would save the adapter instead of the model.
-    vars(model).pop("peft_config", None)
     model.save_pretrained(folder)
     decoder.tokenizer.save_pretrained(folder)
 
@@ -254,13 +269,7 @@ def _merged(adapted: Any) -> nn.Linear:
     return plain
 
 
-def _load_sdcc(
-    path: Path,
-    given: Mapping[str, Base | None],
-    device: str | torch.device | None,
-    dtype: torch.dtype | None,
-    end_tokens: Sequence[int] | None,
-) -> ForeignCompressor:
+def _load_sdcc(path: Path, given: _Given, end_tokens: Sequence[int] | None) -> ForeignCompressor:
     settings = _json(path / "config.json")
     settings |= {
         new: settings[old] for new, old in _OLD_NAMES.items() if new not in settings and old in settings
@@ -268,8 +277,8 @@ def _load_sdcc(
     method = settings["feature_extract_method"]
     if method not in _METHODS:
         raise CheckpointError(
-            f"feature_extract_method in {path} must be one of {', '.join(_METHODS)}, got {method!r}; choose a "
-            "checkpoint that pools means"
+            f"feature_extract_method in {path} must be one of {', '.join(_METHODS)}, got {method!r}; choose "
+            "a checkpoint that pools means"
         )
     keep = settings["comp_ratio_or_len"]
     ratios = sorted({round(1 / share) for share in _shares(keep, path)})
@@ -288,32 +297,22 @@ def _load_sdcc(
         role: next((path / name for name in names if (path / name).is_dir()), path / names[0])
         for role, names in ((ENCODER, ("encoder", "embed_model")), (DECODER, ("decoder", "gen_model")))
     }
-    recorded = {role: str(settings[f"base_{role}_model_path"]) for role in homes}
-    bases = _bases(homes, {role: given[role] or recorded[role] for role in homes}, given, device, dtype)
+    bases = _bases(homes, {role: str(settings[f"base_{role}_model_path"]) for role in homes}, given)
     end_ids = _end_ids(bases[ENCODER], end_tokens)
     compressor = ForeignCompressor(bases[ENCODER], bases[DECODER], config, end_ids=end_ids, bias=False)
     for role in homes:
         _load_lora(compressor, role, homes[role])
     tensors = _projector(path / "projector.pth")
-    head = (
-        {key: tensors.pop(f"compress_ratio_head.{key}") for key in ("weight", "bias")}
-        if any(key.startswith("compress_ratio_head.") for key in tensors)
-        else None
-    )
-    _fill(compressor.converter, _PROJECTOR, tensors, path / "projector.pth")
-    if head is None:
-        _fix_ratio(compressor)
+    if any(key.startswith("compress_ratio_head.") for key in tensors):
+        names = _PROJECTOR | _HEAD
     else:
-        _fill(compressor.ratio_head, {key: key for key in head}, head, path / "projector.pth")
+        names = _PROJECTOR
+        _fix_ratio(compressor)
+    _fill(compressor, names, tensors, path / "projector.pth")
     return compressor
 
 
-def _load_lclm(
-    path: Path,
-    given: Mapping[str, Base | None],
-    device: str | torch.device | None,
-    dtype: torch.dtype | None,
-) -> ForeignCompressor:
+def _load_lclm(path: Path, given: _Given) -> ForeignCompressor:
     settings = {"boundary_overlap": 0, "adapter_type": "mlp", **_json(path / "model_config.json")}
     settings.setdefault("compression_ratio", settings.get("chunk_size"))
     for key, wanted in (
@@ -328,7 +327,7 @@ def _load_lclm(
                 f"{settings[key]!r}; choose one of those"
             )
     homes = {role: path / role for role in (ENCODER, DECODER)}
-    bases = _bases(homes, {role: given[role] or homes[role] for role in homes}, given, device, dtype)
+    bases = _bases(homes, {}, given)
     config = _config(
         path,
         ratio_set=(settings["compression_ratio"],),
@@ -340,13 +339,13 @@ def _load_lclm(
     end_ids = _end_ids(bases[ENCODER], None)[-1:]
     compressor = ForeignCompressor(bases[ENCODER], bases[DECODER], config, end_ids=end_ids, bias=True)
     file = path / "adapter" / "adapter.safetensors"
-    _fill(compressor.converter, _ADAPTER, _safetensors(file), file)
+    _fill(compressor, _ADAPTER, _safetensors(file), file)
     _fix_ratio(compressor)
     start, end = bases[DECODER].tokenizer.convert_tokens_to_ids(["<|memory_start|>", "<|memory_end|>"])
     if None in {start, end} or start == end:
         raise CheckpointError(
-            f"the decoder's tokenizer must know <|memory_start|> and <|memory_end|>, got {bases[DECODER].name}'s, "
-            "which does not; copy the tokenizer files of the checkpoint's decoder/ again"
+            "the decoder's tokenizer must know <|memory_start|> and <|memory_end|>, that of "
+            f"{bases[DECODER].name} does not; copy the tokenizer files of the checkpoint's decoder/ again"
         )
     compressor.around = ((start,), (end,))
     return compressor
@@ -367,32 +366,18 @@ def _shares(keep: Any, path: Path) -> list[float]:
     shares = list(keep) if isinstance(keep, list) else [keep]
     if not shares or not all(isinstance(share, float) and 0 < share < 1 for share in shares):
         raise CheckpointError(
-            f"comp_ratio_or_len in {path} must be fractions to keep, between 0 and 1, got {keep!r}; checkpoints "
-            "with a fixed number of soft tokens cannot be loaded"
+            f"comp_ratio_or_len in {path} must be fractions to keep, between 0 and 1, got {keep!r}; choose a "
+            "checkpoint with such"
         )
     return shares
 
 
-def _bases(
-    homes: Mapping[str, Path],
-    sources: Mapping[str, Base],
-    given: Mapping[str, Base | None],
-    device: str | torch.device | None,
-    dtype: torch.dtype | None,
-) -> dict[str, Backbone]:
-    """The base model of each role; loaded once where both roles have the same."""
-    bases: dict[str, Backbone] = {}
-    loaded: dict[str, Backbone] = {}
+def _bases(homes: Mapping[str, Path], recorded: Mapping[str, str], given: _Given) -> dict[str, Backbone]:
+    """The base model of each role: the caller's, a whole one in the checkpoint, or the recorded one."""
+    bases = {}
     for role, home in homes.items():
-        source = sources[role]
-        if given[role] is None:
-            source = _whole_model(home) or _base_name(str(source), role)
-        if not isinstance(source, Backbone):
-            name = str(source)
-            if name not in loaded:
-                loaded[name] = Backbone.from_pretrained(name, device=device, dtype=dtype)
-            source = loaded[name]
-        bases[role] = source
+        source = given.bases[role] or _whole_model(home) or _base_name(recorded.get(role, ""), role)
+        bases[role] = source if isinstance(source, Backbone) else given.load(str(source))
     return bases
 
 
@@ -403,8 +388,8 @@ def _whole_model(home: Path) -> Path | None:
     if not any((home / name).is_file() for name in ("model.safetensors", "model.safetensors.index.json")):
         found = sorted(file.name for file in home.iterdir())
         raise CheckpointError(
-            f"{home} must hold model.safetensors, got {', '.join(found)}; pickled weights (.bin) are not read: "
-            "load them where you trust them and save them with save_pretrained"
+            f"{home} must hold model.safetensors, got {', '.join(found)}; pickled weights (.bin) are not "
+            "read, save them as safetensors with save_pretrained"
         )
     if not (home / "tokenizer.json").is_file():
         raise CheckpointError(
@@ -416,15 +401,15 @@ def _whole_model(home: Path) -> Path | None:
 def _base_name(recorded: str, role: str) -> str:
     """Where the base model is: the recorded path if it exists here, else the hub's model of that name."""
     parts = recorded.rstrip("/").split("/")
-    if Path(recorded).is_dir():
+    if recorded and Path(recorded).is_dir():
         return recorded
     if parts[-1] in _HUB_IDS:
         return _HUB_IDS[parts[-1]]
     if len(parts) == 2 and all(parts):
         return recorded
     raise CheckpointError(
-        f"the {role}'s base model was expected at {recorded!r}, where the checkpoint was trained, got no such "
-        f"folder; pass {role}=, the name or folder of that model"
+        f"the {role}'s base model was expected at {recorded!r}, got no such folder: checkpoints name it by "
+        f"its path where they were trained; pass {role}=, the name or folder of that model"
     )
 
 
@@ -434,7 +419,8 @@ def _end_ids(encoder: Backbone, wanted: Sequence[int] | None) -> tuple[int, ...]
         ids = tuple(wanted)
         if not ids or not all(0 <= token < len(tokenizer) for token in ids):
             raise ConfigError(
-                f"end_tokens must be at least one id of the encoder's {len(tokenizer)} tokens, got {list(ids)}"
+                f"end_tokens must be one or more ids of the encoder's {len(tokenizer)} tokens, got "
+                f"{list(ids)}; leave them out for the authors' own"
             )
         return ids
     if tokenizer.eos_token_id is None:
@@ -457,8 +443,8 @@ def _load_lora(compressor: ForeignCompressor, role: str, home: Path) -> None:
     for key, wanted in plain.items():
         if settings.get(key, wanted) != wanted:
             raise CheckpointError(
-                f"{key} in {home}/adapter_config.json must be {wanted!r}, got {settings[key]!r}; such adapters "
-                "cannot be loaded: merge it into its base, and save that as the whole model"
+                f"{key} in {home}/adapter_config.json must be {wanted!r}, got {settings[key]!r}; merge the "
+                "adapter into its base with PEFT and save that as a whole model"
             )
     model = compressor.encoder if role == ENCODER else compressor.decoder_model
     config = LoraConfig(
@@ -502,14 +488,14 @@ def _fill(module: nn.Module, names: Mapping[str, str], tensors: Mapping[str, Ten
     if missing or unknown:
         raise CheckpointError(
             f"{file} must hold {len(names)} tensors by name, got {_few(missing)} missing and {_few(unknown)} "
-            "unknown; copy the checkpoint again, or pass the base model it was trained on"
+            "unknown; copy the checkpoint again, or pass the base it was trained on"
         )
     for name, key in names.items():
         parameter, tensor = module.get_parameter(name), tensors[key]
         if parameter.shape != tensor.shape or not torch.isfinite(tensor).all():
             raise CheckpointError(
                 f"{key} in {file} must be finite and of shape {tuple(parameter.shape)}, got shape "
-                f"{tuple(tensor.shape)} or NaN; copy the checkpoint again, or pass the base model it was trained on"
+                f"{tuple(tensor.shape)} or NaN; copy the checkpoint again, or pass the base it was trained on"
             )
         parameter.data = tensor.to(parameter.device)
 
@@ -531,9 +517,10 @@ def _projector(file: Path) -> dict[str, Tensor]:
     try:
         content = torch.load(file, map_location="cpu", weights_only=True)
     except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        # torch explains at length how to switch the check off, which nobody should.
+        reason = (str(error) or repr(error)).splitlines()[0]
         raise CheckpointError(
-            f"{file} must be a file of tensors, got: {str(error).splitlines()[0] if str(error) else error!r}; "
-            "copy the checkpoint again"
+            f"{file} must hold tensors and nothing else, got: {reason}; copy the checkpoint again"
         ) from error
     flat: dict[str, Any] = {}
     for name, value in (content if isinstance(content, dict) else {"": content}).items():
@@ -592,8 +579,8 @@ def _fetched(folder: str | os.PathLike[str]) -> Path:
     parts = name.split("/")
     if len(parts) < 2 or parts[0] in {"", ".", "..", "~"} or not all(parts):
         raise CheckpointError(
-            f"a checkpoint folder or OWNER/REPOSITORY[/SUB/FOLDER] of the hub was expected, got {name!r}, which is "
-            "neither; check the path"
+            f"a checkpoint folder, or OWNER/REPOSITORY[/SUB/FOLDER] of the hub, was expected, got {name!r}; "
+            "check the path"
         )
     from huggingface_hub import snapshot_download
 
@@ -603,8 +590,8 @@ def _fetched(folder: str | os.PathLike[str]) -> Path:
         fetched = Path(snapshot_download("/".join(parts[:2]), allow_patterns=patterns))
     except (OSError, ValueError) as error:
         raise CheckpointError(
-            f"{name!r} is no local folder and could not be fetched from the hub: {error}; check the spelling and "
-            "the connection"
+            f"a checkpoint was expected in a local folder or on the hub, got {name!r}: {error}; check the "
+            "spelling and the connection"
         ) from error
     return fetched / inside
 

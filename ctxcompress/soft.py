@@ -11,8 +11,10 @@ Shapes: B batch, T tokens, M soft tokens, D hidden.
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -134,6 +136,7 @@ class SoftCompressor(nn.Module):
         self.tokenizer = base.tokenizer
         self.window = min(config.window, base.window - 1)
         self.base_fingerprint = base.fingerprint
+        self.base_window = base.window
         self.fingerprint = ""
 
     @property
@@ -144,7 +147,7 @@ class SoftCompressor(nn.Module):
     @property
     def decoder(self) -> Backbone:
         """The model that reads the soft tokens: the base under the decoder's adapter."""
-        return Backbone(self.decoder_model, self.tokenizer, name=self.base_name)
+        return Backbone(self.decoder_model, self.tokenizer, name=self.base_name, window=self.base_window)
 
     def finish(self, *, trainable: bool = False) -> None:
         """After weights are in place: dtypes, the self-test, and the fingerprint soft tokens will carry.
@@ -157,15 +160,21 @@ class SoftCompressor(nn.Module):
             CheckpointError: the encoder does not see what its configuration says, or padding changes a text.
         """
         native = self.encoder.embed_tokens.weight.dtype
-        digest = hashlib.sha256(f"{self.base_fingerprint} {self.config}".encode())
         self.requires_grad_(False)
         for name, parameter in self.trained():
             dtype = native if "lora_" in name and not trainable else torch.float32
             parameter.data = parameter.data.to(dtype)
             parameter.requires_grad_(trainable)
-            digest.update(parameter.detach().to("cpu", torch.bfloat16).view(torch.int16).numpy().tobytes())
-        self.fingerprint = digest.hexdigest()[:16]
+        self.fingerprint = self.identity()
         self._test_attention()
+
+    def identity(self) -> str:
+        """Hash of the base, the configuration and the adapters' weights as they are now, in bfloat16."""
+        digest = hashlib.sha256(f"{self.base_fingerprint} {self.config}".encode())
+        for name, parameter in self.trained():
+            values = parameter.detach().to("cpu", torch.bfloat16).contiguous().view(torch.int16)
+            digest.update(name.encode() + values.numpy().tobytes())
+        return digest.hexdigest()[:16]
 
     @torch.inference_mode()
     def _test_attention(self) -> None:
@@ -201,8 +210,8 @@ class SoftCompressor(nn.Module):
         """Encode token ids, texts of similar length together.
 
         Args:
-            texts: token ids of each; a text beyond the window is encoded in pieces that start at multiples of
-                it, so that windows of all ratios stay whole.
+            texts: token ids of each; a text beyond the window is encoded in pieces, all but one a multiple of
+                every ratio, so that windows stay whole.
             ratio: pool at this ratio; None takes the finest, from which coarser ones follow exactly. Features
                 other than "mean_pool" depend on the ratio and must be told.
 
@@ -210,20 +219,20 @@ class SoftCompressor(nn.Module):
             One result per text, in order; an empty text has no windows.
         """
         ratio = self._checked(ratio)
-        size = self.window - self.window % self.config.ratio_set[-1] or self.window
         pieces = [
-            (text, start) for text, ids in enumerate(texts) for start in range(0, max(len(ids), 1), size)
+            (text, start, stop) for text, ids in enumerate(texts) for start, stop in self._pieces(len(ids))
         ]
-        done: dict[tuple[int, int], tuple[Features, float]] = {}
-        for batch in _batches(pieces, lambda piece: min(len(texts[piece[0]]) - piece[1], size)):
-            ids = [texts[text][start : start + size] for text, start in batch]
-            features, log2_B = self.read(ids, ratio)
+        done: dict[tuple[int, int, int], tuple[Features, float]] = {}
+        for batch in _batches(pieces, lambda piece: piece[2] - piece[1]):
+            ids = [texts[text][start:stop] for text, start, stop in batch]
+            last = [stop == len(texts[text]) for text, _, stop in batch]
+            features, log2_B = self.read(ids, ratio, last)
             for row, piece in enumerate(batch):
-                count = windows(len(ids[row]) + self.config.pool_end_token, ratio)
+                count = int((features.counts_BM[row] > 0).sum())
                 parts = (features.states_BMD, features.embeddings_BMD, features.counts_BM)
                 # A copy: a view would keep the whole padded batch alive.
                 done[piece] = Features(*(part[row, :count].clone() for part in parts)), float(log2_B[row])
-        return [self._joined(text, ids, ratio, size, done) for text, ids in enumerate(texts)]
+        return [self._joined(text, ids, ratio, done) for text, ids in enumerate(texts)]
 
     def soften(self, texts: Sequence[Sequence[int]], ratios: Sequence[int]) -> list[SoftTokens]:
         """Soft tokens of each text at its own ratio; see `encode` and `soft_tokens`."""
@@ -265,12 +274,15 @@ class SoftCompressor(nn.Module):
         embeddings_BMD, _ = pool(features.embeddings_BMD, features.counts_BM, factor, alignment)
         return Features(states_BMD, embeddings_BMD, counts_BM)
 
-    def read(self, texts: Sequence[Sequence[int]], ratio: int) -> tuple[Features, Tensor]:
+    def read(
+        self, texts: Sequence[Sequence[int]], ratio: int, last: Sequence[bool] | None = None
+    ) -> tuple[Features, Tensor]:
         """One differentiable encoder pass: features at `ratio`, and the predicted log2 ratio of each text.
 
         Args:
             texts: token ids of each, at most `window` tokens.
             ratio: of the set.
+            last: which are the last pieces of their texts, whose end token may be pooled; None means all.
 
         Returns:
             Features padded to the longest text, and (B,) float32.
@@ -300,7 +312,9 @@ class SoftCompressor(nn.Module):
         log2_B = (
             self.ratio_head(hidden_BTD[rows_B, ends_B].to(self.ratio_head.weight.dtype)).squeeze(-1).float()
         )
-        return self._features(hidden_BTD, embeddings_BTD.float(), places_T, lengths, ends_B, ratio), log2_B
+        return self._features(
+            hidden_BTD, embeddings_BTD.float(), places_T, lengths, ends_B, ratio, last
+        ), log2_B
 
     def _features(
         self,
@@ -310,9 +324,11 @@ class SoftCompressor(nn.Module):
         lengths: Sequence[int],
         ends_B: Tensor,
         ratio: int,
+        last_piece: Sequence[bool] | None,
     ) -> Features:
         if self.config.features == "mean_pool":
-            stops_B = ends_B + 1 if self.config.pool_end_token else ends_B
+            closed_B = torch.tensor(last_piece or [True] * len(lengths), device=self.device)
+            stops_B = ends_B + (closed_B & self.config.pool_end_token)
             counts_BT = (places_T < stops_B[:, None]).float()
             if self.config.window_alignment == "start":
                 return self.pooled(Features(hidden_BTD, embeddings_BTD, counts_BT), ratio)
@@ -357,15 +373,20 @@ class SoftCompressor(nn.Module):
             )
         return ratio
 
+    def _pieces(self, tokens: int) -> list[tuple[int, int]]:
+        """Token ranges encoded together; all but one a multiple of every ratio, so windows stay whole."""
+        size = self.window - self.window % math.lcm(*self.config.ratio_set) or self.window
+        short = (tokens + self.config.pool_end_token) % size if self.config.window_alignment == "end" else 0
+        return list(pairwise([0, *range(short or size, tokens, size), tokens]))
+
     def _joined(
         self,
         text: int,
         ids: Sequence[int],
         ratio: int,
-        size: int,
-        done: dict[tuple[int, int], tuple[Features, float]],
+        done: dict[tuple[int, int, int], tuple[Features, float]],
     ) -> EncodedText:
-        pieces = [done[text, start] for start in range(0, max(len(ids), 1), size)]
+        pieces = [done[text, start, stop] for start, stop in self._pieces(len(ids))]
         features = Features(
             torch.cat([piece.states_BMD for piece, _ in pieces]),
             torch.cat([piece.embeddings_BMD for piece, _ in pieces]),
@@ -377,9 +398,8 @@ class SoftCompressor(nn.Module):
 def _add_lora(model: nn.Module, name: str, rank: int, scale: float) -> None:
     from peft import LoraConfig, inject_adapter_in_model
 
-    config = LoraConfig(
-        r=rank, lora_alpha=round(scale * rank), target_modules=list(LORA_TARGETS), use_rslora=False
-    )
+    alpha: Any = scale * rank  # PEFT says int, but only divides it by the rank
+    config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(LORA_TARGETS), use_rslora=False)
     inject_adapter_in_model(config, model, adapter_name=name)
 
 
@@ -387,9 +407,9 @@ def _padded(rows: Sequence[Tensor]) -> Tensor:
     return nn.utils.rnn.pad_sequence(list(rows), batch_first=True)
 
 
-def _batches(pieces: list[tuple[int, int]], length: Any) -> Iterator[list[tuple[int, int]]]:
+def _batches(pieces: list[tuple[int, int, int]], length: Any) -> Iterator[list[tuple[int, int, int]]]:
     """Pieces of similar length together, so that little of a batch is padding."""
-    batch: list[tuple[int, int]] = []
+    batch: list[tuple[int, int, int]] = []
     for piece in sorted(pieces, key=length):
         if batch and (length(piece) + 1) * (len(batch) + 1) > BATCH_TOKENS:
             yield batch

@@ -115,7 +115,6 @@ def synthesize(
 
     async def ask_all(stream: BinaryIO) -> int:
         waiting = _fresh(texts, done, report)
-        limits = httpx.Limits(max_connections=concurrency)
         failed, added = _Failed(), 0
 
         async def work() -> None:
@@ -133,7 +132,8 @@ def synthesize(
                     failed.in_a_row = 0
                 report()
 
-        async with httpx.AsyncClient(timeout=None, limits=limits) as client:
+        # Workers and `summary` set the limits; httpx would add its own 100 connections and 5 s.
+        async with httpx.AsyncClient(timeout=None, limits=httpx.Limits()) as client:
             await _together([work() for _ in range(concurrency)])
         failed.report(output)
         return added

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import sys
 import threading
 import time
@@ -138,12 +139,18 @@ def test_one_line_per_text(teacher: Teacher, ask: Callable[..., int], tmp_path: 
 
 
 def test_key_from_the_environment_and_own_options(
-    teacher: Teacher, ask: Callable[..., int], monkeypatch: pytest.MonkeyPatch
+    teacher: Teacher,
+    ask: Callable[..., int],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
+    caplog.set_level(logging.DEBUG)
     monkeypatch.setenv("OPENAI_API_KEY", f" {KEY}\n")
     assert ask(records("a b"), api_key=None, options={"max_tokens": 9}) == 1
     assert teacher.bodies[0]["max_tokens"] == 9
     assert "temperature" not in teacher.bodies[0]
+    assert "/v1/chat/completions" in caplog.text
+    assert KEY not in caplog.text
 
 
 def test_a_second_run_asks_for_what_is_missing(

@@ -283,7 +283,11 @@ def uneven(backbone: Backbone, objective: str, ratio: int) -> Batch:
         objective,
         ratio,
         (
-            Sample((tuple(range(20, 27)), (30, 31, 32)), (before, Slot(0), between, Slot(1), after), (40, 41, 42, 0)),
+            Sample(
+                (tuple(range(20, 27)), (30, 31, 32)),
+                (before, Slot(0), between, Slot(1), after),
+                (40, 41, 42, 0),
+            ),
             Sample((tuple(range(50, 62)),), (before, Slot(0), after), (43, 0)),
         ),
     )  # fmt: skip
@@ -317,7 +321,8 @@ def test_divergence_of_equal_distributions_is_zero(
     raw = objective._soft
     # Soft tokens that are the raw ones: student and teacher read the same.
     monkeypatch.setattr(objective, "_soft", lambda documents, ratio: raw(documents, 1))
-    computed = objective(uneven(backbone, "answer", 2))
+    with torch.no_grad():
+        computed = objective(uneven(backbone, "answer", 2))
     assert float(computed["kl"]) == pytest.approx(0, abs=1e-6)
     assert float(computed["loss"]) == pytest.approx(float(computed["nll"]), abs=1e-6)
 
@@ -336,10 +341,10 @@ def test_padding_does_not_change_the_loss(compressor: SoftCompressor, backbone: 
 def test_empty_documents_take_no_room(compressor: SoftCompressor) -> None:
     filled = Sample(((), (30, 31, 32)), ((5,), Slot(0), Slot(1), (8,)), (40, 0))
     alone = Sample(((30, 31, 32),), ((5,), Slot(0), (8,)), (40, 0))
+    objective = Objective(compressor, 0.0)
     for ratio in (1, 2):
-        computed = [
-            float(Objective(compressor, 0.0)(Batch("answer", ratio, (s,)))["loss"]) for s in (filled, alone)
-        ]
+        with torch.no_grad():
+            computed = [float(objective(Batch("answer", ratio, (s,)))["loss"]) for s in (filled, alone)]
         assert computed[0] == pytest.approx(computed[1], abs=1e-5)
 
 
@@ -349,7 +354,7 @@ def test_soft_tokens_are_those_of_inference(backbone: Backbone) -> None:
     made.finish(trainable=True)
     documents = [list(range(20, 28)), list(range(30, 37))]  # 8 tokens and the end token: 3 windows of 4
     trained = Objective(made, 0.0)._soft(documents, 4)
-    inferred = [made.soft_tokens(text, 4).embeds_MD for text in made.encode(documents)]
+    inferred = [made.soft_tokens(text, 4).embeddings_MD for text in made.encode(documents)]
     assert [len(each) for each in trained] == [3, 2]
     for one, other in zip(trained, inferred, strict=True):
         torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-5)
@@ -427,10 +432,10 @@ def test_learning_rate_by_hand(settings: dict[str, Any]) -> None:
         ({"ratios": {2: 0.0}}, "not all 0"),
         ({"ratios": {2: math.inf}}, "finite weights"),
         ({"ratios": {3: 1.0}}, r"of the ratio_set \[2, 4\], got \[3\]"),
-        ({"compressor": SoftConfig(ratio_set=(2, 4), decoder_rank=0)}, "remove ratio 1, or raise decoder_rank"),
+        ({"compressor": SoftConfig(decoder_rank=0)}, "remove ratio 1, or raise decoder_rank"),
         ({"texts": ()}, "'reconstruction' needs files, got none; set texts"),
         ({"questions": ()}, "'answer' needs files, got none; set questions"),
-        ({"texts": (), "objectives": {"continuation": 1.0}}, "'continuation' needs files, got none; set texts"),
+        ({"texts": (), "objectives": {"continuation": 1.0}}, "'continuation' needs files, .* set texts"),
     ],
 )  # fmt: skip
 def test_impossible_recipes_are_refused(
@@ -488,7 +493,7 @@ def test_recipe_is_read(files: tuple[str, str], tmp_path: Path) -> None:
         ('output = "o"\ntexts = ["*.jsonl"]\nclip = "much"', ConfigError, "does not fit a recipe"),
         ('output = "o"\ntexts = ["*.jsonl"]\nratios = [2]', ConfigError, "does not fit a recipe|ratios must"),
         ('output = "o"\ntexts = ["*.jsonl"]\n[ratios]\ntwo = 1', ConfigError, "ratios must be whole numbers"),
-        ('output = "o"\ntexts = ["*.jsonl"]\n[compressor]\nrank = 1', ConfigError, "does not fit .*'rank'"),
+        ('output = "o"\ntexts = ["*.jsonl"]\n[compressor]\nrank = 1', ConfigError, r"got .*'rank'"),
         ("output =", InputError, "a training recipe in TOML"),
     ],
 )

@@ -42,6 +42,8 @@ ORDER = [
     "train.recipe",
     "train.data",
     "train.losses",
+    "train.synthesize",
+    "train.labels",
     "train.loop",
     "evaluate.metrics",
     "evaluate.signals",
