@@ -109,6 +109,9 @@ class Backbone:
         model.set_attn_implementation(ATTENTION)
         self.model: Any = model
         self.tokenizer: Any = tokenizer
+        # How special tokens are split is state of a tokenizer, not of a call: with one for documents and one
+        # for templates, threads cannot turn each other's text into control tokens.
+        self._plain: Any = copy.deepcopy(tokenizer)
         self.name = name
         # Beyond a sliding window the model itself forgets keys, so a pass never reaches beyond it.
         limits = (model.config.max_position_embeddings, getattr(model.config, "sliding_window", None), window)
@@ -165,7 +168,7 @@ class Backbone:
 
     def encode(self, text: str) -> Encoding:
         """Tokens of `text` without added special tokens; control strings inside the text are plain text."""
-        encoded = self.tokenizer(
+        encoded = self._plain(
             text,
             add_special_tokens=False,
             split_special_tokens=True,

@@ -111,7 +111,7 @@ def load(base: Backbone, folder: str | os.PathLike[str], *, trainable: bool = Fa
     if compressor.fingerprint != description["fingerprint"]:
         raise CheckpointError(
             f"the settings in config.json of {path} must be those its weights were saved with "
-            f"({description['fingerprint']}), got others ({compressor.fingerprint}); copy the whole folder again"
+            f"({description['fingerprint']}), got others ({compressor.fingerprint}); copy it again"
         )
     return compressor
 

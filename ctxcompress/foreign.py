@@ -8,8 +8,6 @@
 Both have the same data flow as ours, but two different bases: the encoder's states may have another size than
 the decoder's embeddings. What differs is told by the configuration: mask, end tokens, where windows start.
 None of their code is run; the only pickle is projector.pth, read as tensors and nothing else.
-
-Shapes: B batch, M windows, D hidden.
 """
 
 from __future__ import annotations
@@ -17,7 +15,6 @@ from __future__ import annotations
 import copy
 import functools
 import glob
-import itertools
 import json
 import math
 import os
@@ -33,8 +30,7 @@ from torch import Tensor, nn
 from ctxcompress.backbone import Backbone
 from ctxcompress.config import SoftConfig
 from ctxcompress.errors import CheckpointError, ConfigError
-from ctxcompress.pooling import pool
-from ctxcompress.soft import DECODER, ENCODER, Converter, EncodedText, Features, SoftCompressor
+from ctxcompress.soft import DECODER, ENCODER, Converter, Features, SoftCompressor
 
 Base = Backbone | str | os.PathLike[str]
 Layout = Literal["sdcc", "lclm"]
@@ -121,52 +117,27 @@ class ForeignCompressor(SoftCompressor):
         self.around: tuple[tuple[int, ...], tuple[int, ...]] = ((), ())
         self.window = min(config.window, encoder.window - len(end_ids))
         self.base_fingerprint = f"{decoder.fingerprint}-{encoder.fingerprint}"
+        self.base_window = decoder.window
         self.fingerprint = ""
 
     @property
     def decoder(self) -> Backbone:
         """The model that reads the soft tokens."""
-        return Backbone(self.decoder_model, self._decoder_tokenizer, name=self.base_name)
+        return Backbone(
+            self.decoder_model, self._decoder_tokenizer, name=self.base_name, window=self.base_window
+        )
 
-    @torch.inference_mode()
-    def encode(self, texts: Sequence[Sequence[int]], ratio: int | None = None) -> list[EncodedText]:
-        """As the parent's, with pieces cut so that joined pieces can be pooled further.
+    def read(
+        self, texts: Sequence[Sequence[int]], ratio: int, last: Sequence[bool] | None = None
+    ) -> tuple[Features, Tensor]:
+        """As the parent's; last pieces have all end tokens, others only the one that the parent appends."""
+        ends = [self._before_end if closed else () for closed in last or [True] * len(texts)]
+        return super().read([[*ids, *end] for ids, end in zip(texts, ends, strict=True)], ratio, last)
 
-        Only the piece with the partial window is shorter than the others: the first if windows are aligned at
-        the end, else the last. Every piece has end tokens of its own.
-        """
-        pieces = [self._pieces(ids) for ids in texts]
-        parts = iter(super().encode([piece for text in pieces for piece in text], ratio))
-        return [
-            _joined([next(parts) for _ in text], len(ids)) for ids, text in zip(texts, pieces, strict=True)
-        ]
-
-    def read(self, texts: Sequence[Sequence[int]], ratio: int) -> tuple[Features, Tensor]:
-        """As the parent's."""
-        return super().read([self._ended(ids) for ids in texts], ratio)
-
-    def pooled(self, features: Features, factor: int) -> Features:
-        """As the parent's, but aligned at the end of every row, whatever the padding after it."""
-        if self.config.window_alignment == "end":
-            features = _shifted(features, factor)
-        states_BMD, counts_BM = pool(features.states_BMD, features.counts_BM, factor)
-        embeddings_BMD, _ = pool(features.embeddings_BMD, features.counts_BM, factor)
-        return Features(states_BMD, embeddings_BMD, counts_BM)
-
-    def _ended(self, ids: Sequence[int]) -> Sequence[int]:
-        """`ids` and all end tokens but the last; unchanged if it has them, as pieces of `encode` do."""
-        known = len(self._before_end)
-        # Text never ends with a control token of its own: it is encoded as plain text.
-        return ids if tuple(ids[len(ids) - known :]) == self._before_end else [*ids, *self._before_end]
-
-    def _pieces(self, ids: Sequence[int]) -> list[Sequence[int]]:
-        coarsest = self.config.ratio_set[-1]
-        size = self.window - self.window % coarsest or self.window
-        if self.config.pool_end_token:  # together with its end tokens a piece is whole windows
-            size = max(size - len(self._before_end) - 1, 1)
-        first = len(ids) % size if self.config.window_alignment == "end" else 0
-        cuts = [0, *range(first or size, len(ids), size), len(ids)]
-        return [self._ended(ids[start:stop]) for start, stop in itertools.pairwise(cuts)]
+    def _pieces(self, tokens: int) -> list[tuple[int, int]]:
+        """As the parent's, with room for all end tokens in the last piece."""
+        pieces = super()._pieces(tokens + len(self._before_end))
+        return [(start, min(stop, tokens)) for start, stop in pieces]
 
 
 def is_foreign(folder: str | os.PathLike[str]) -> Layout | None:
@@ -594,33 +565,3 @@ def _fetched(folder: str | os.PathLike[str]) -> Path:
             "spelling and the connection"
         ) from error
     return fetched / inside
-
-
-def _joined(parts: Sequence[EncodedText], tokens: int) -> EncodedText:
-    """One text of its pieces."""
-    features = [part.features for part in parts]
-    return EncodedText(
-        Features(
-            torch.cat([part.states_BMD for part in features]),
-            torch.cat([part.embeddings_BMD for part in features]),
-            torch.cat([part.counts_BM for part in features]),
-        ),
-        parts[0].ratio,
-        tokens,
-        sum(part.log2_ratio for part in parts) / len(parts),
-    )
-
-
-def _shifted(features: Features, factor: int) -> Features:
-    """Empty windows put before every row, so that whole groups of `factor` windows end where the row does."""
-    real_B1 = (features.counts_BM > 0).sum(dim=-1, keepdim=True)
-    missing_B1 = -real_B1 % factor
-    width = int((real_B1 + missing_B1).max())
-    places_BM = torch.arange(width, device=real_B1.device) - missing_B1
-    inside_BM = (places_BM >= 0) & (places_BM < real_B1)
-    places_BM = places_BM.clamp(min=0).minimum((real_B1 - 1).clamp(min=0))
-    return Features(
-        features.states_BMD.take_along_dim(places_BM[..., None], dim=-2),
-        features.embeddings_BMD.take_along_dim(places_BM[..., None], dim=-2),
-        features.counts_BM.take_along_dim(places_BM, dim=-1) * inside_BM,
-    )

@@ -21,7 +21,8 @@ Ids = tuple[int, ...]
 
 _CONTENT = "<content-8f1d4c02>"
 QUESTION = "Question: {query}\nGive a short answer."
-QUESTION_ABOUT = ("Context:\n", "\n\nQuestion: {query}\nGive a short answer taken from the context.")
+NEXT_QUESTION = "Question: {query}\nGive a short answer taken from the context."
+QUESTION_ABOUT = ("Context:\n", "\n\n" + NEXT_QUESTION)
 REPEAT = "\n\nRepeat the text above."
 CONTINUE = "\n\nContinue the text above."
 BETWEEN = "\n\n"
@@ -54,6 +55,23 @@ def chat_prompt(backbone: Backbone, content: Sequence[str | Soft]) -> list[Ids |
         tuple(tokenizer(part, add_special_tokens=False)["input_ids"]) for part in rendered.split(_CONTENT)
     )
     return _merged([head, *_encoded(backbone, content), tail])
+
+
+def follow_up(backbone: Backbone, content: str) -> Ids | None:
+    """Token ids between the end of an answer and the next one: the user asks `content`.
+
+    None if the template does not end answers with the end-of-text token, or there is no template.
+    """
+    tokenizer = backbone.tokenizer
+    if not tokenizer.chat_template:
+        return None
+    turns = [{"role": role, "content": _CONTENT} for role in ("user", "assistant", "user")]
+    rendered = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+    _, _, before, after = rendered.split(_CONTENT)
+    head, tail = (tuple(tokenizer(part, add_special_tokens=False)["input_ids"]) for part in (before, after))
+    if head[:1] != (tokenizer.eos_token_id,):
+        return None
+    return (*head[1:], *backbone.encode(content).ids, *tail)
 
 
 def length(segments: Sequence[Any]) -> int:

@@ -103,8 +103,7 @@ def _nearest(wish: float, legal: Sequence[int], space: RatioSpace, larger: bool 
         raise InputError(f"the set must hold whole numbers >= 1, got {list(legal)}")
 
     def distance(value: int) -> float:
-        gap = math.log2(value) - math.log2(wish) if space == "log" else value - wish
-        return abs(gap)
+        return math.fabs(math.log2(value / wish) if space == "log" else value - wish)
 
     closest = min(map(distance, legal))
     tied = [value for value in legal if distance(value) == closest]

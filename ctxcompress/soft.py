@@ -10,6 +10,7 @@ Shapes: B batch, T tokens, M soft tokens, D hidden.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import math
 from collections.abc import Iterator, Sequence
@@ -144,7 +145,7 @@ class SoftCompressor(nn.Module):
         """Where it computes."""
         return self.ratio_head.weight.device
 
-    @property
+    @functools.cached_property
     def decoder(self) -> Backbone:
         """The model that reads the soft tokens: the base under the decoder's adapter."""
         return Backbone(self.decoder_model, self.tokenizer, name=self.base_name, window=self.base_window)

@@ -18,7 +18,7 @@ from typing import Any
 
 from ctxcompress.backbone import Backbone
 from ctxcompress.errors import InputError
-from ctxcompress.prompt import CONTINUE, REPEAT, Ids, chat_prompt, question_prompt
+from ctxcompress.prompt import CONTINUE, NEXT_QUESTION, REPEAT, Ids, chat_prompt, follow_up, question_prompt
 from ctxcompress.train.recipe import Recipe
 
 CANDIDATES = 4  # a batch of questions is cut from this many times its size, sorted by length
@@ -38,17 +38,21 @@ class Slot:
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """One prompt with places for documents, and what the decoder should say.
+    """A conversation about documents.
 
     Attributes:
         documents: token ids of each.
-        prompt: token ids and slots.
-        target: token ids of the answer, with the end of the turn.
+        turns: of each turn the prompt, token ids and slots, and the target: what the decoder should say, with
+            the end of its turn.
     """
 
     documents: tuple[Ids, ...]
-    prompt: tuple[Ids | Slot, ...]
-    target: Ids
+    turns: tuple[tuple[tuple[Ids | Slot, ...], Ids], ...]
+
+    @property
+    def targets(self) -> Ids:
+        """Token ids of all targets, one after another."""
+        return tuple(token for _, target in self.turns for token in target)
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,14 +134,21 @@ class Samples:
                 f"{recipe.longest_document} tokens in {ATTEMPTS} draws from {recipe.questions}; complete the "
                 "records, or raise longest_document"
             )
-        answer = self._backbone.encode(draw.choice(record["answers"])).ids
-        prompt = question_prompt(
-            self._backbone, record["question"], [Slot(place) for place in range(len(ids))]
-        )
-        return Sample(tuple(ids), tuple(prompt), (*answer, *self._end))
+        slots = [Slot(place) for place in range(len(ids))]
+        prompt = tuple(question_prompt(self._backbone, record["question"], slots))
+        turns = [(prompt, self._answer(draw, record))]
+        siblings = [other for other in self._by_gold[_shown(gold[0])] if other is not record]
+        for other in draw.sample(siblings, min(recipe.questions_per_sample - 1, len(siblings))):
+            between = follow_up(self._backbone, NEXT_QUESTION.replace("{query}", other["question"]))
+            if between is not None:
+                turns.append(((between,), self._answer(draw, other)))
+        return Sample(tuple(ids), tuple(turns))
+
+    def _answer(self, draw: random.Random, record: dict[str, Any]) -> Ids:
+        return (*self._backbone.encode(draw.choice(record["answers"])).ids, *self._end)
 
     def _sample(self, documents: Sequence[Ids], content: Sequence[str | Slot], target: Ids) -> Sample:
-        return Sample(tuple(documents), tuple(chat_prompt(self._backbone, content)), target)
+        return Sample(tuple(documents), ((tuple(chat_prompt(self._backbone, content)), target),))
 
     def _others(self, record: dict[str, Any], gold: Sequence[dict[str, Any]]) -> list[str]:
         """Documents of the question, then of the gold document's title, that hold none of the answers."""
@@ -158,6 +169,16 @@ class Samples:
     @cached_property
     def _questions(self) -> list[dict[str, Any]]:
         return [record for file in self._recipe.questions for record in read_lines(file, *_QUESTION)]
+
+    @cached_property
+    def _by_gold(self) -> dict[str, list[dict[str, Any]]]:
+        """Questions that have an answer, by the text of their first gold document."""
+        by_gold: dict[str, list[dict[str, Any]]] = defaultdict(list)
+        for record in self._questions:
+            gold = [document for document in record["documents"] if document.get("is_gold")]
+            if gold and record["answers"]:
+                by_gold[_shown(gold[0])].append(record)
+        return by_gold
 
     @cached_property
     def _by_title(self) -> dict[str, list[str]]:

@@ -289,7 +289,7 @@ def _sample(compressor: SoftCompressor, document: Ids, rest: Ids, judge: Judge) 
     instruction = REPEAT if judge == "reconstruction" else CONTINUE
     prompt: list[Ids | Slot] = chat_prompt(compressor.decoder, [Slot(0), instruction])
     target = (*document, compressor.tokenizer.eos_token_id) if judge == "reconstruction" else rest
-    return Sample((document,), tuple(prompt), target)
+    return Sample((document,), ((tuple(prompt), target),))
 
 
 @torch.inference_mode()
@@ -297,9 +297,9 @@ def _losses(objective: Objective, samples: Sequence[Sample], ratio: int) -> list
     """Nats per target token of every sample."""
     documents = [document for sample in samples for document in sample.documents]
     logits_NV = objective._logits(samples, objective._soft(documents, ratio))
-    targets_N = torch.tensor([token for sample in samples for token in sample.target])
+    targets_N = torch.tensor([token for sample in samples for token in sample.targets])
     nll_N = F.cross_entropy(logits_NV.float(), targets_N.to(logits_NV.device), reduction="none")
-    return [float(part.mean()) for part in nll_N.split([len(sample.target) for sample in samples])]
+    return [float(part.mean()) for part in nll_N.split([len(sample.targets) for sample in samples])]
 
 
 def _batches(lengths: Sequence[int], size: int) -> Iterator[list[int]]:

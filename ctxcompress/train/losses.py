@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ctxcompress.pooling import windows
-from ctxcompress.prompt import splice
+from ctxcompress.prompt import Ids, length, splice
 from ctxcompress.soft import SoftCompressor
 from ctxcompress.train.data import Batch, Sample, Slot
 
@@ -36,7 +36,7 @@ class Objective(nn.Module):
         """Losses in nats per target token: "loss", which is trained, and what it is made of."""
         documents = [document for sample in batch.samples for document in sample.documents]
         logits_NV = self._logits(batch.samples, self._soft(documents, batch.ratio))
-        targets_N = torch.tensor([token for sample in batch.samples for token in sample.target])
+        targets_N = torch.tensor([token for sample in batch.samples for token in sample.targets])
         nll = F.cross_entropy(logits_NV.float(), targets_N.to(logits_NV.device))
         losses = {"loss": nll, "nll": nll.detach()}
         if self._distillation and batch.ratio > 1 and batch.objective in DISTILLED:
@@ -69,20 +69,21 @@ class Objective(nn.Module):
         """(N, V) logits of every target token, samples one after another."""
         model = self.compressor.decoder_model
         embed = model.get_input_embeddings()
-        rows, taken, first = [], [], 0
+        rows: list[Tensor] = []
+        taken: list[tuple[int, slice]] = []
+        first = 0
         for sample in samples:
-            filled = [
-                soft[first + part.document] if isinstance(part, Slot) else part for part in sample.prompt
-            ]
-            row_TD = splice([*filled, sample.target[:-1]], embed)
-            taken.append(range(len(row_TD) - len(sample.target), len(row_TD)))
-            rows.append(row_TD)
+            filled: list[Ids | Tensor] = []
+            for prompt, target in sample.turns:
+                filled += [soft[first + part.document] if isinstance(part, Slot) else part for part in prompt]
+                start = length(filled) - 1
+                taken.append((len(rows), slice(start, start + len(target))))
+                filled.append(target)
+            rows.append(splice(filled, embed))
             first += len(sample.documents)
         # Padding is on the right and attention causal: no real token ever sees it, so no mask is needed.
         padded_BTD = nn.utils.rnn.pad_sequence(rows, batch_first=True)
         hidden_BTD = model.model(inputs_embeds=padded_BTD, use_cache=False).last_hidden_state
-        hidden_ND = torch.cat(
-            [row[places.start : places.stop] for row, places in zip(hidden_BTD, taken, strict=True)]
-        )
+        hidden_ND = torch.cat([hidden_BTD[row, places] for row, places in taken])
         logits_NV: Tensor = model.lm_head(hidden_ND)
         return logits_NV

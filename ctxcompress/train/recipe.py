@@ -18,7 +18,15 @@ from ctxcompress.errors import ConfigError, InputError
 Objective = Literal["reconstruction", "continuation", "answer"]
 _NEEDS = {"reconstruction": "texts", "continuation": "texts", "answer": "questions"}
 # Whole numbers and the least each can be.
-_WHOLE = {"steps": 1, "batch_size": 1, "accumulation": 1, "save_every": 1, "longest_document": 1, "warmup": 0}
+_WHOLE = {
+    "steps": 1,
+    "batch_size": 1,
+    "accumulation": 1,
+    "save_every": 1,
+    "longest_document": 1,
+    "questions_per_sample": 1,
+    "warmup": 0,
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,6 +45,7 @@ class Recipe:
         tokens: shortest and longest text of reconstruction and continuation, in tokens.
         documents: fewest and most documents of a question; others come from the same title.
         longest_document: documents with more tokens are left out.
+        questions_per_sample: most questions asked in turn about one set of documents, which is encoded once.
         distillation: weight of KL(decoder reading raw text || decoder reading soft tokens) beside the
             cross-entropy of answers and continuations.
         steps: optimizer steps.
@@ -64,6 +73,7 @@ class Recipe:
     tokens: tuple[int, int] = (16, 48)
     documents: tuple[int, int] = (1, 1)
     longest_document: int = 400
+    questions_per_sample: int = 1
     distillation: float = 0.0
     steps: int = 1000
     batch_size: int = 32

@@ -181,15 +181,27 @@ def slow_converter(mean_D: Tensor, norm_D: Tensor, up: Tensor, down: Tensor, *bi
     return down @ (0.5 * inner * (1 + torch.erf(inner / 2**0.5))) + second_bias
 
 
-def slow_sdcc(folder: Path, bases: Path, pieces: list[list[int]], ratio: int, causal: bool = False) -> Tensor:
-    """Soft tokens of one text: every piece has its end tokens, and its windows end at the last of them."""
+def slow_sdcc(
+    folder: Path, bases: Path, pieces: list[list[int]], ratio: int, causal: bool = False, unpooled: int = 0
+) -> Tensor:
+    """Soft tokens of one text whose windows end at each piece's end.
+
+    Args:
+        folder: the checkpoint.
+        bases: folder of its base models.
+        pieces: with their end tokens.
+        ratio: tokens of a window.
+        causal: mask of the encoder.
+        unpooled: end tokens of all pieces but the last, which are read but not pooled.
+    """
     encoder = slow_encoder(bases / "qwen", folder / "encoder")
     weights = torch.load(folder / "projector.pth", weights_only=True)["projector"]
     parts = [weights[f"{name}.weight"] for name in ("rms_norm", "up_proj", "down_proj")]
     soft = []
     for piece in pieces:
         states_TD = slow_states(encoder, piece, causal)
-        cuts = [0, *range(len(piece) % ratio or ratio, len(piece) + 1, ratio)]
+        tokens = len(piece) - (0 if piece is pieces[-1] else unpooled)
+        cuts = [0, *range(tokens % ratio or ratio, tokens + 1, ratio)]
         soft += [
             slow_converter(states_TD[start:stop].mean(dim=0), *parts)
             for start, stop in itertools.pairwise(cuts)
@@ -235,13 +247,13 @@ def test_sdcc_predicts_from_the_last_end_token(sdcc: Path, bases: Path) -> None:
 
 def test_sdcc_long_texts_are_cut_so_that_they_pool_further(sdcc: Path, bases: Path) -> None:
     compressor = load_foreign(sdcc, **CPU)
-    # The window of 64 has room for two end tokens and 62 tokens, so 56 = 7 x 8 with end tokens, 54 without.
-    # 150 = 42 + 54 + 54: the short piece is the first, as the short window is.
+    # The window of 64 has room for two end tokens and 62 tokens: pieces of 56 = 7 x 8. 150 tokens and two end
+    # tokens are 40 + 56 + (54 + 2): the first piece is the short one, as the first window is.
     tail = AutoTokenizer.from_pretrained(bases / "llama").convert_tokens_to_ids([OWN, END])
-    pieces = [[*TEXT[:42], *tail], [*TEXT[42:96], *tail], [*TEXT[96:150], *tail]]
+    pieces = [[*TEXT[:40], tail[-1]], [*TEXT[40:96], tail[-1]], [*TEXT[96:150], *tail]]
     (finest,) = compressor.encode([TEXT])
     for ratio in (2, 4, 8):
-        wanted = slow_sdcc(sdcc, bases, pieces, ratio)
+        wanted = slow_sdcc(sdcc, bases, pieces, ratio, unpooled=1)
         (encoded,) = compressor.encode([TEXT], ratio)
         for again in (compressor.soft_tokens(encoded, ratio), compressor.soft_tokens(finest, ratio)):
             assert again.tokens == 150

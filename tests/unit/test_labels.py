@@ -76,7 +76,7 @@ def test_labels_follow_the_training_loss_of_each_text(soft: SoftCompressor, judg
         prompt = tuple(chat_prompt(soft.decoder, [Slot(0), instruction]))
         with torch.no_grad():
             losses = [
-                float(objective(Batch(judge, ratio, (Sample((document,), prompt, target),)))["nll"])
+                float(objective(Batch(judge, ratio, (Sample((document,), ((prompt, target),)),)))["nll"])
                 for ratio in RATIOS
             ]
         expected.append(within([1.0, 2.0, 3.0], losses, tolerance))

@@ -105,10 +105,10 @@ def test_reconstruction_repeats_its_document(settings: dict[str, Any], backbone:
     for sample in Samples(only(settings, "reconstruction"), backbone).batch(0).samples:
         (document,) = sample.documents
         assert 5 <= len(document) <= 20
-        assert sample.target == (*document, ids("<|end|>"))
+        assert sample.targets == (*document, ids("<|end|>"))
         # <|user|> [document] \n\nRepeat the text above. <|end|> <|assistant|>, each part encoded alone.
         command = backbone.encode("\n\nRepeat the text above.").ids
-        assert sample.prompt == (
+        assert sample.turns[0][0] == (
             (ids("<|user|>"),), Slot(0), (*command, ids("<|end|>"), ids("<|assistant|>")),
         )  # fmt: skip
 
@@ -116,9 +116,9 @@ def test_reconstruction_repeats_its_document(settings: dict[str, Any], backbone:
 def test_continuation_goes_on_where_the_document_ends(settings: dict[str, Any], backbone: Backbone) -> None:
     for sample in Samples(only(settings, "continuation"), backbone).batch(0).samples:
         (document,) = sample.documents
-        assert len(sample.target) == len(document)
-        assert backbone.tokenizer.decode([*document, *sample.target]) in " ".join(TEXTS)
-        assert sample.prompt == tuple(chat_prompt(backbone, [Slot(0), "\n\nContinue the text above."]))
+        assert len(sample.targets) == len(document)
+        assert backbone.tokenizer.decode([*document, *sample.targets]) in " ".join(TEXTS)
+        assert sample.turns[0][0] == tuple(chat_prompt(backbone, [Slot(0), "\n\nContinue the text above."]))
 
 
 def test_texts_of_a_batch_are_equally_long(settings: dict[str, Any], backbone: Backbone) -> None:
@@ -134,15 +134,36 @@ def test_answer_of_one_document(settings: dict[str, Any], backbone: Backbone) ->
     text = backbone.tokenizer.decode(sample.documents[0])
     number = int(text.split()[3])
     assert text == f"Owl\n{TITLED[number]} Not Owl number {(number - 1) % 6}."
-    assert sample.target in {
+    assert sample.targets in {
         (*backbone.encode(answer).ids, ids("<|end|>")) for answer in question(number)["answers"]
     }
     after = f"\n\nQuestion: Which owl is number {number}?\nGive a short answer taken from the context."
-    assert sample.prompt == (
+    assert sample.turns[0][0] == (
         (ids("<|user|>"), *backbone.encode("Context:\n").ids),
         Slot(0),
         (*backbone.encode(after).ids, ids("<|end|>"), ids("<|assistant|>")),
     )
+
+
+def test_more_questions_follow_about_the_same_document(
+    settings: dict[str, Any], backbone: Backbone, tmp_path: Path
+) -> None:
+    ids = backbone.tokenizer.convert_tokens_to_ids
+    records = [{**question(2), "question": f"{name}?", "answers": [f"{name}!"]} for name in ("A", "B", "C")]
+    file = tmp_path / "three.jsonl"
+    file.write_text("\n".join(map(json.dumps, records)), encoding="utf-8")
+    recipe = only(settings, "answer", questions=(str(file),), questions_per_sample=2, documents=(1, 1))
+    for sample in Samples(recipe, backbone).batch(0).samples:
+        (prompt, target), ((between,), last) = sample.turns
+        # <|end|> of the first answer is its target's last token; then comes the next turn.
+        after = backbone.tokenizer.decode(between[1:-2])
+        assert (between[0], *between[-2:]) == (ids("<|user|>"), ids("<|end|>"), ids("<|assistant|>"))
+        assert after.endswith("?\nGive a short answer taken from the context.")
+        assert after.startswith("Question: ")
+        name = after[len("Question: ")]
+        assert last == (*backbone.encode(f"{name}!").ids, ids("<|end|>"))
+        assert f"Question: {name}?" not in backbone.tokenizer.decode(prompt[-1])
+        assert target[-1] == ids("<|end|>")
 
 
 def test_other_documents_hold_no_answer_and_gold_moves(settings: dict[str, Any], backbone: Backbone) -> None:
@@ -150,13 +171,13 @@ def test_other_documents_hold_no_answer_and_gold_moves(settings: dict[str, Any],
     places = []
     for sample in (sample for number in range(6) for sample in samples.batch(number).samples):
         texts = [backbone.tokenizer.decode(document) for document in sample.documents]
-        asked = backbone.tokenizer.decode(sample.prompt[-1]).split("number ")[1][0]
+        asked = backbone.tokenizer.decode(sample.turns[0][0][-1]).split("number ")[1][0]
         holding = [place for place, text in enumerate(texts) if f"Owl number {asked}" in text]
         # Of five others one names the answer, which leaves four: three are drawn.
         assert len(texts) == len(set(texts)) == 4
         assert len(holding) == 1
         assert texts[holding[0]].startswith(f"Owl\nOwl number {asked}")
-        slots = [part for part in sample.prompt if isinstance(part, Slot)]
+        slots = [part for part in sample.turns[0][0] if isinstance(part, Slot)]
         assert slots == [Slot(place) for place in range(4)]
         places += holding
     assert set(places) == {0, 1, 2, 3}
@@ -250,15 +271,15 @@ def one_by_one(compressor: SoftCompressor, sample: Sample, ratio: int) -> tuple[
                 rows.append(learned + mean * math.sqrt(stop - start))
             tokens = torch.stack(rows)
         documents.append(tokens)
-    prompt = torch.cat(
-        [documents[part.document] if isinstance(part, Slot) else table[list(part)] for part in sample.prompt]
-    )
-    logs, nll = [], []
-    for place, token in enumerate(sample.target):
-        row = torch.cat([prompt, table[list(sample.target[:place])]])
-        logits = model(inputs_embeds=row[None], use_cache=False).logits[0, -1]
-        logs.append(logits.log_softmax(-1))
-        nll.append(-logs[-1][token])
+    said, logs, nll = table[:0], [], []
+    for prompt, target in sample.turns:
+        parts = [documents[part.document] if isinstance(part, Slot) else table[list(part)] for part in prompt]
+        said = torch.cat([said, *parts])
+        for token in target:
+            logits = model(inputs_embeds=said[None], use_cache=False).logits[0, -1]
+            logs.append(logits.log_softmax(-1))
+            nll.append(-logs[-1][token])
+            said = torch.cat([said, table[[token]]])
     return logs, nll
 
 
@@ -277,7 +298,7 @@ def slow_losses(compressor: SoftCompressor, batch: Batch, distillation: float) -
 
 
 def uneven(backbone: Backbone, objective: str, ratio: int) -> Batch:
-    """Documents of 7, 3, 12 tokens, two of them in one prompt, and targets of 4 and 2."""
+    """Documents of 7, 3, 12 tokens, two in the first prompt; targets of 2 + 2, in two turns, and 2 tokens."""
     before, between, after = ((5, 6), (7,), (1, 2, 8))
     return Batch(
         objective,
@@ -285,10 +306,9 @@ def uneven(backbone: Backbone, objective: str, ratio: int) -> Batch:
         (
             Sample(
                 (tuple(range(20, 27)), (30, 31, 32)),
-                (before, Slot(0), between, Slot(1), after),
-                (40, 41, 42, 0),
+                (((before, Slot(0), between, Slot(1), after), (40, 41)), (((9, 10),), (42, 0))),
             ),
-            Sample((tuple(range(50, 62)),), (before, Slot(0), after), (43, 0)),
+            Sample((tuple(range(50, 62)),), (((before, Slot(0), after), (43, 0)),)),
         ),
     )  # fmt: skip
 
@@ -339,8 +359,8 @@ def test_padding_does_not_change_the_loss(compressor: SoftCompressor, backbone: 
 
 
 def test_empty_documents_take_no_room(compressor: SoftCompressor) -> None:
-    filled = Sample(((), (30, 31, 32)), ((5,), Slot(0), Slot(1), (8,)), (40, 0))
-    alone = Sample(((30, 31, 32),), ((5,), Slot(0), (8,)), (40, 0))
+    filled = Sample(((), (30, 31, 32)), ((((5,), Slot(0), Slot(1), (8,)), (40, 0)),))
+    alone = Sample(((30, 31, 32),), ((((5,), Slot(0), (8,)), (40, 0)),))
     objective = Objective(compressor, 0.0)
     for ratio in (1, 2):
         with torch.no_grad():

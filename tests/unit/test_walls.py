@@ -31,6 +31,7 @@ ORDER = [
     "selector",
     "soft",
     "checkpoint",
+    "foreign",
     "methods.dac",
     "methods.dast",
     "allocators",
