@@ -14,12 +14,14 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ctxcompress import card
 from ctxcompress.backbone import Backbone
 from ctxcompress.config import SoftConfig, to_dict
 from ctxcompress.errors import CheckpointError, ConfigError
@@ -40,8 +42,8 @@ def save(
     folder: str | os.PathLike[str],
     *,
     dtype: torch.dtype | None = None,
-    card: str = "",
-    measured: dict[str, Any] | None = None,
+    training: Sequence[Mapping[str, Any]] = (),
+    measured: Mapping[str, Mapping[str, float]] | None = None,
 ) -> None:
     """Write a compressor's adapters; `config.json` comes last, so a folder with one is complete.
 
@@ -49,8 +51,9 @@ def save(
         compressor: to save.
         folder: made if missing; files in it are replaced.
         dtype: of the file; None keeps the tensors' own.
-        card: text of the model card.
-        measured: figures that `mode="auto"` may consult: per ratio, the normalised score of each mode.
+        training: what each stage of the training was, for the model card; see `train.loop`.
+        measured: per ratio, as a string, the accuracy of the modes "text" and "soft"; `mode="auto"` follows
+            it.
     """
     from safetensors.torch import save as to_bytes
 
@@ -67,10 +70,11 @@ def save(
         "base": {"name": compressor.base_name, "fingerprint": compressor.base_fingerprint},
         "compressor": to_dict(compressor.config),
         "fingerprint": compressor.identity(),
-        "measured": measured or {},
+        "training": list(training),
+        "measured": dict(measured or {}),
         "files": {name: hashlib.sha256(content).hexdigest() for name, content in contents.items()},
     }
-    contents["README.md"] = (card or _card(compressor)).encode()
+    contents["README.md"] = card.render(description).encode()
     for name, content in contents.items():
         write_atomically(path / name, content)
     write_atomically(path / "config.json", (json.dumps(description, indent=1) + "\n").encode())
@@ -116,6 +120,14 @@ def load(base: Backbone, folder: str | os.PathLike[str], *, trainable: bool = Fa
     return compressor
 
 
+def annotate(folder: str | os.PathLike[str], measured: Mapping[str, Mapping[str, float]]) -> None:
+    """Record what a saved adapter measures: in `config.json`, and in its card."""
+    path = Path(folder)
+    description = {**describe(path), "measured": dict(measured)}
+    write_atomically(path / "README.md", card.render(description).encode())
+    write_atomically(path / "config.json", (json.dumps(description, indent=1) + "\n").encode())
+
+
 def shipped() -> Path | None:
     """Folder of the embedded model's adapter, if this installation has it."""
     folder = Path(__file__).parent / "adapter"
@@ -135,7 +147,7 @@ def describe(folder: Path) -> dict[str, Any]:
                 f"the adapter in {folder} has format {description['format']}, this version reads {FORMAT}; "
                 "update ctxcompress, or train the adapter again"
             )
-        for key in ("base", "compressor", "files"):
+        for key in ("base", "compressor", "files", "measured"):
             description[key].keys()
         description["base"]["name"], description["base"]["fingerprint"], description["fingerprint"]
     except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
@@ -226,11 +238,3 @@ def _peft_config(compressor: SoftCompressor, name: str) -> bytes:
         "inference_mode": True,
     }
     return (json.dumps(content, indent=1) + "\n").encode()
-
-
-def _card(compressor: SoftCompressor) -> str:
-    return (
-        f"---\nlibrary_name: ctxcompress\nbase_model: {compressor.base_name}\n---\n\n"
-        f"# Soft-token adapter for {compressor.base_name}\n\nLoad it with "
-        "`ContextCompressor.from_pretrained(BASE, adapter=FOLDER)`.\n"
-    )

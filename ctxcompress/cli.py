@@ -272,6 +272,98 @@ def train(
 
 
 @app.command()
+def card(
+    adapter: Annotated[Path, typer.Argument(help="Folder of an adapter.")],
+    runs: Annotated[list[Path], typer.Argument(help="Folders of evaluation runs with text and soft rows.")],
+) -> None:
+    """Write what evaluation runs measured into an adapter's card, where `--mode auto` looks."""
+    from ctxcompress.checkpoint import annotate
+    from ctxcompress.evaluate.measured import measured_modes
+
+    with _reported():
+        results = [json.loads(read_text(run / "results.json")) for run in runs]
+        measured = measured_modes(results)
+        annotate(adapter, measured)
+        output.print(f"{len(measured)} ratios -> {adapter / 'README.md'}", markup=False, highlight=False)
+
+
+@app.command()
+def synthesize(
+    texts: Annotated[list[str], typer.Argument(help='Files of texts, {"text"} a line: .jsonl or .jsonl.xz.')],
+    output_file: Annotated[Path, typer.Option("--output", help="JSON lines, appended to.")],
+    endpoint: Annotated[str, typer.Option(help="Base URL of an OpenAI-compatible server, up to /v1.")],
+    teacher: Annotated[str, typer.Option(help="Name of the teacher on that server.")],
+    requests_per_minute: Annotated[float | None, typer.Option(help="Most requests a minute.")] = None,
+    concurrency: Annotated[int, typer.Option(help="Requests under way at the same time.")] = 8,
+    model: Model = EMBEDDED,
+) -> None:
+    """Ask a teacher for the shortest summary of each text: labels for the ratio head; what is there stays."""
+    from ctxcompress.backbone import Backbone
+    from ctxcompress.train.data import read_lines
+    from ctxcompress.train.synthesize import synthesize as ask_teacher
+
+    with _reported(), _progress() as report:
+        count = Backbone.from_pretrained(model).count
+        records = (record for file in texts for record in read_lines(file, "text"))
+        added = ask_teacher(
+            records,
+            output_file,
+            endpoint=endpoint,
+            model=teacher,
+            count=count,
+            concurrency=concurrency,
+            requests_per_minute=requests_per_minute,
+            progress=report,
+        )
+        output.print(f"{added} texts -> {output_file}", markup=False, highlight=False)
+
+
+@app.command()
+def fit_ratio_head(
+    adapter: Annotated[str, typer.Argument(help="Folder of an adapter; its ratio head is replaced.")],
+    texts: Annotated[
+        list[str], typer.Argument(help='Files of texts; with "log2_ratio" a line if a teacher said.')
+    ],
+    limit: Limit = 2000,
+    tokens: Annotated[int, typer.Option(help="Longest piece of a text that is judged, in tokens.")] = 48,
+    tolerance: Annotated[float, typer.Option(help="Loss a label allows, in nats per token.")] = 0.5,
+    model: Model = EMBEDDED,
+    as_json: AsJson = False,
+) -> None:
+    """Fit the head that predicts a text's ratio: to a teacher's labels, else to the adapter's own losses."""
+    from ctxcompress import checkpoint
+    from ctxcompress.backbone import Backbone
+    from ctxcompress.train.data import read_lines
+    from ctxcompress.train.labels import compressibility, cut
+    from ctxcompress.train.labels import fit_ratio_head as fit
+
+    with _reported(), _progress() as report:
+        base = Backbone.from_pretrained(model)
+        compressor = checkpoint.load(base, adapter)
+        described = checkpoint.describe(Path(adapter))
+        records = [record for file in texts for record in read_lines(file, "text")][:limit]
+        ids = [base.encode(record["text"][: 8 * compressor.window]).ids for record in records]
+        if all("log2_ratio" in record for record in records):
+            labels = [float(record["log2_ratio"]) for record in records]
+        else:
+            labels = compressibility(compressor, ids, tolerance=tolerance, tokens=tokens, progress=report)
+            ids = cut(ids, tokens)
+        figures = fit(compressor, ids, labels)
+        checkpoint.save(
+            compressor,
+            adapter,
+            dtype=base.model.dtype,
+            training=described["training"],
+            measured=described["measured"],
+        )
+    if as_json:
+        _print_json(figures)
+    else:
+        shown = ", ".join(f"{name} {value:.3g}" for name, value in figures.items())
+        output.print(shown, markup=False, highlight=False)
+
+
+@app.command()
 def calibrate(
     task: TaskFile,
     output_file: Annotated[Path, typer.Option("--output", help="JSON file to write.")] = Path(

@@ -95,7 +95,7 @@ def _wish(log2_ratio: float, ratio_scale: float) -> float:
             f"the predicted log2 ratio and ratio_scale must be finite, got {log2_ratio} and {ratio_scale}; a "
             "NaN prediction points to a damaged adapter"
         )
-    return 2.0 ** min(max(exponent, -64.0), 64.0)
+    return math.pow(2.0, min(max(exponent, -64.0), 64.0))
 
 
 def _nearest(wish: float, legal: Sequence[int], space: RatioSpace, larger: bool = False) -> Selection:
@@ -103,7 +103,8 @@ def _nearest(wish: float, legal: Sequence[int], space: RatioSpace, larger: bool 
         raise InputError(f"the set must hold whole numbers >= 1, got {list(legal)}")
 
     def distance(value: int) -> float:
-        return math.fabs(math.log2(value / wish) if space == "log" else value - wish)
+        gap = math.log2(value) - math.log2(wish) if space == "log" else value - wish
+        return abs(gap)
 
     closest = min(map(distance, legal))
     tied = [value for value in legal if distance(value) == closest]

@@ -14,7 +14,9 @@ from __future__ import annotations
 import importlib.util
 import json
 import math
+import platform
 import shutil
+import statistics
 import time
 from pathlib import Path
 from typing import Any
@@ -81,10 +83,41 @@ def train(recipe: Recipe, progress: Progress | None = None) -> SoftCompressor:
             progress("training", step + 1, recipe.steps)
     compressor.finish()
     if accelerator.is_main_process:
-        checkpoint.save(compressor, output / "adapter")
+        native = compressor.encoder.embed_tokens.weight.dtype
+        stages = [*_earlier(recipe), _stage(recipe, output, accelerator.num_processes)]
+        checkpoint.save(compressor, output / "adapter", dtype=native, training=stages)
     accelerator.wait_for_everyone()
     accelerator.end_training()
     return compressor
+
+
+def _earlier(recipe: Recipe) -> list[dict[str, Any]]:
+    """What the adapters this run started from had been trained on."""
+    return list(checkpoint.describe(Path(recipe.start))["training"]) if recipe.start else []
+
+
+def _stage(recipe: Recipe, output: Path, processes: int) -> dict[str, Any]:
+    """This run for the model card: settings without paths, effort, machine, and where the losses ended."""
+    settings = json.loads(recipe.to_json())
+    for name in ("base", "compressor", "notice", "output", "start", "save_every", "tensorboard"):
+        del settings[name]
+    for name in ("texts", "questions"):
+        settings[name] = [Path(file).name for file in settings[name]]
+    lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    ends: dict[str, list[float]] = {}
+    for line in lines[-max(len(lines) // 5, 1) :]:
+        ends.setdefault(f"{line['objective']} at {line['ratio']}", []).append(line["nll"])
+    cuda = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
+    return {
+        "recipe": settings,
+        "notice": recipe.notice,
+        "steps": recipe.steps,
+        "samples": recipe.steps * recipe.batch_size * recipe.accumulation * processes,
+        "seconds": sum(line["seconds"] for line in lines),
+        "machine": cuda or f"{platform.machine()} CPU, {torch.get_num_threads()} threads",
+        "date": time.strftime("%Y-%m-%d", time.gmtime()),
+        "losses": {name: statistics.fmean(values) for name, values in sorted(ends.items())},
+    }
 
 
 def learning_rate(recipe: Recipe, step: int) -> float:

@@ -60,6 +60,7 @@ class Recipe:
         seed: of samples and initial weights.
         save_every: steps between checkpoints.
         tensorboard: also write TensorBoard events.
+        notice: sources and licences of the data, for the model card.
     """
 
     output: str
@@ -87,6 +88,7 @@ class Recipe:
     seed: int = 0
     save_every: int = 100
     tensorboard: bool = False
+    notice: str = ""
 
     def __post_init__(self) -> None:
         for name, least in _WHOLE.items():

@@ -132,9 +132,23 @@ def test_what_a_folder_holds(backbone: Backbone, saved: Path) -> None:
 
 def test_card_and_measurements_are_kept(backbone: Backbone, tmp_path: Path) -> None:
     measured = {"8": {"soft": 0.5, "text": 0.25}}
-    checkpoint.save(made(backbone), tmp_path, card="# Mine\n", measured=measured)
-    assert (tmp_path / "README.md").read_text(encoding="utf-8") == "# Mine\n"
-    assert checkpoint.describe(tmp_path)["measured"] == measured
+    stage = {
+        "recipe": {"seed": 3, "texts": ["a.jsonl"]}, "notice": "Text from A, CC0.", "steps": 10,
+        "samples": 320, "seconds": 120.0, "machine": "a CPU", "date": "2026-01-02", "losses": {"answer at 4": 1.25},
+    }  # fmt: skip
+    checkpoint.save(made(backbone), tmp_path, training=[stage])
+    checkpoint.annotate(tmp_path, measured)
+    described, card = checkpoint.describe(tmp_path), (tmp_path / "README.md").read_text(encoding="utf-8")
+    assert (described["measured"], described["training"]) == (measured, [stage])
+    for line in (
+        "320 samples in 10 steps, 2 minutes on a CPU",
+        "seed 3",
+        "answer at 4 1.25",
+        "CC0",
+        "| 8 | 25.0 % | 50.0 % |",
+    ):
+        assert line in card
+    checkpoint.load(backbone, tmp_path)
 
 
 def test_the_card_names_the_base(backbone: Backbone, saved: Path) -> None:

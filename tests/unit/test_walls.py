@@ -30,6 +30,7 @@ ORDER = [
     "pooling",
     "selector",
     "soft",
+    "card",
     "checkpoint",
     "foreign",
     "methods.dac",
@@ -49,6 +50,7 @@ ORDER = [
     "evaluate.metrics",
     "evaluate.signals",
     "evaluate.runner",
+    "evaluate.measured",
     "cli",
     "__main__",
 ]

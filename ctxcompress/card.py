@@ -1,0 +1,64 @@
+"""The model card of an adapter: what it was trained on and what it measures, from `config.json` alone."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+
+def render(description: Mapping[str, Any]) -> str:
+    """Markdown with a front matter, as model hubs read it.
+
+    Args:
+        description: content of an adapter's `config.json`: base, compressor, training, measured.
+    """
+    base, made = description["base"], description["compressor"]
+    parts = [
+        f"---\nlibrary_name: ctxcompress\nbase_model: {base['name']}\n---\n",
+        f"# Soft-token adapter for `{base['name']}`\n",
+        "One base model, two LoRA adapters: an encoder that turns text into soft tokens, and a decoder that "
+        "reads them.\n",
+        "```python\nfrom ctxcompress import ContextCompressor\n\n"
+        f'compressor = ContextCompressor.from_pretrained("{base["name"]}", adapter="FOLDER")\n'
+        'compressor.compress(documents, query, compression_ratio=4, mode="soft")\n```\n',
+        f"- features `{made['features']}`, ratios {', '.join(map(str, made['ratio_set']))}, "
+        f"{made['encoder_layers'] or 'all'} encoder layers, ranks {made['encoder_rank']} (encoder) and "
+        f"{made['decoder_rank']} (decoder), converter {made['converter_size']}, residual {made['residual']}\n"
+        f"- base fingerprint `{base['fingerprint']}`, adapter fingerprint `{description['fingerprint']}`\n",
+    ]
+    if description["training"]:
+        parts += ["## Training\n", _stages(description["training"])]
+    if description["measured"]:
+        parts += ["## Measured\n", _measured(description["measured"])]
+    return "\n".join(parts)
+
+
+def _stages(stages: Sequence[Mapping[str, Any]]) -> str:
+    lines = []
+    for number, stage in enumerate(stages, start=1):
+        recipe = stage["recipe"]
+        settings = ", ".join(f"{name} {value}" for name, value in recipe.items() if value not in ("", [], {}))
+        lines += [
+            f"{number}. {stage['samples']:,} samples in {stage['steps']:,} steps, "
+            f"{stage['seconds'] / 60:.0f} minutes on {stage['machine']}, finished {stage['date']}",
+            f"   - recipe: {settings}",
+            f"   - loss of the last batches, nats per token: {_losses(stage['losses'])}",
+        ]
+        lines += [f"   - data: {stage['notice']}"] if stage["notice"] else []
+    return "\n".join(lines) + "\n"
+
+
+def _losses(losses: Mapping[str, float]) -> str:
+    return ", ".join(f"{name} {value:.2f}" for name, value in losses.items())
+
+
+def _measured(measured: Mapping[str, Mapping[str, float]]) -> str:
+    lines = ["| ratio | text | soft |", "|---|---|---|"]
+    lines += [
+        f"| {ratio} | {100 * modes['text']:.1f} % | {100 * modes['soft']:.1f} % |"
+        for ratio, modes in measured.items()
+    ]
+    return (
+        'Right answers at each ratio, best row of each mode; `mode="auto"` takes the better mode at the '
+        "nearest ratio.\n\n" + "\n".join(lines) + "\n"
+    )
