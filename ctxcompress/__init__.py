@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from ctxcompress.backbone import Backbone
     from ctxcompress.calibration import Calibration
-    from ctxcompress.config import AllocatorName, DACConfig, DASTConfig, Mode
-    from ctxcompress.decoder import LocalDecoder
+    from ctxcompress.config import AllocatorName, DACConfig, DASTConfig, Mode, SoftConfig
+    from ctxcompress.decoder import Completion, LocalDecoder
     from ctxcompress.errors import (
         CheckpointError,
         ConfigError,
@@ -25,7 +25,8 @@ if TYPE_CHECKING:
     from ctxcompress.methods.dac import DAC
     from ctxcompress.methods.dast import DAST
     from ctxcompress.pipeline import ContextCompressor
-    from ctxcompress.types import Answer, CompressedDocument, CompressionResult, Document
+    from ctxcompress.soft import SoftCompressor
+    from ctxcompress.types import Answer, CompressedDocument, CompressionResult, Document, SoftTokens
 
 __version__ = "0.1.0"
 
@@ -37,6 +38,7 @@ _HOMES = {
     "CompressedDocument": "types",
     "CompressionResult": "types",
     "CheckpointError": "errors",
+    "Completion": "decoder",
     "ConfigError": "errors",
     "ContextCompressor": "pipeline",
     "CtxCompressError": "errors",
@@ -50,6 +52,9 @@ _HOMES = {
     "MissingExtraError": "errors",
     "Mode": "config",
     "ModelError": "errors",
+    "SoftCompressor": "soft",
+    "SoftConfig": "config",
+    "SoftTokens": "types",
 }
 
 __all__ = [
@@ -60,6 +65,7 @@ __all__ = [
     "Backbone",
     "Calibration",
     "CheckpointError",
+    "Completion",
     "CompressedDocument",
     "CompressionResult",
     "ConfigError",
@@ -73,6 +79,9 @@ __all__ = [
     "MissingExtraError",
     "Mode",
     "ModelError",
+    "SoftCompressor",
+    "SoftConfig",
+    "SoftTokens",
     "__version__",
 ]
 

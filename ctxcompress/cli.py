@@ -49,7 +49,7 @@ if TYPE_CHECKING:
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 errors = Console(stderr=True)
-output = Console()
+output = Console(width=None if sys.stdout.isatty() else 160)
 
 Budget = Annotated[
     int | None, typer.Option(help="Most tokens of all documents together. Give this or --ratio.")

@@ -25,6 +25,7 @@ from ctxcompress.backbone import Backbone
 from ctxcompress.config import SoftConfig
 from ctxcompress.errors import CheckpointError, InputError
 from ctxcompress.pooling import pool, windows
+from ctxcompress.selector import Selection, select_ratio
 from ctxcompress.types import SoftTokens
 
 ENCODER, DECODER = "encoder", "decoder"
@@ -248,6 +249,15 @@ class SoftCompressor(nn.Module):
                 place: self.soft_tokens(text, ratio) for place, text in zip(places, encoded, strict=True)
             }
         return [made[place] for place in range(len(texts))]
+
+    def select(self, encoded: EncodedText, ratio_scale: float = 0.0) -> Selection:
+        """The ratio that the head predicts for a text, quantised to the set; see `selector.select_ratio`."""
+        return select_ratio(
+            encoded.log2_ratio,
+            self.config.ratio_set,
+            ratio_scale=ratio_scale,
+            space=self.config.ratio_space,
+        )
 
     def soft_tokens(self, encoded: EncodedText, ratio: int) -> SoftTokens:
         """Pool an encoded text to `ratio` and convert it for the decoder.

@@ -133,8 +133,8 @@ def test_what_a_folder_holds(backbone: Backbone, saved: Path) -> None:
 def test_card_and_measurements_are_kept(backbone: Backbone, tmp_path: Path) -> None:
     measured = {"8": {"soft": 0.5, "text": 0.25}}
     stage = {
-        "recipe": {"seed": 3, "texts": ["a.jsonl"]}, "notice": "Text from A, CC0.", "steps": 10,
-        "samples": 320, "seconds": 120.0, "machine": "a CPU", "date": "2026-01-02", "losses": {"answer at 4": 1.25},
+        "recipe": {"seed": 3, "texts": ["a.jsonl"]}, "notice": "Text from A, CC0.", "machine": "a CPU",
+        "steps": 10, "samples": 320, "seconds": 120.0, "date": "2026-01-02", "losses": {"answer at 4": 1.25},
     }  # fmt: skip
     checkpoint.save(made(backbone), tmp_path, training=[stage])
     checkpoint.annotate(tmp_path, measured)

@@ -14,6 +14,7 @@ from ctxcompress import Backbone
 from ctxcompress.config import SoftConfig
 from ctxcompress.errors import CheckpointError, InputError
 from ctxcompress.pooling import windows
+from ctxcompress.selector import Selection
 from ctxcompress.soft import EncodedText, SoftCompressor
 
 SMALL = {"ratio_set": (2, 4, 8), "window": 32, "converter_size": 16, "encoder_rank": 4, "decoder_rank": 4}
@@ -387,3 +388,15 @@ def test_the_fingerprint_follows_weights_and_settings(backbone: Backbone) -> Non
         prints.append(compressor.fingerprint)
     assert made(backbone, residual=False).fingerprint not in prints
     assert made(backbone).fingerprint == prints[0]
+
+
+def test_the_dial_moves_the_chosen_ratio(backbone: Backbone) -> None:
+    compressor = SoftCompressor(backbone, SoftConfig(encoder_layers=1, converter_size=8, encoder_rank=2))
+    compressor.finish()
+    with torch.no_grad():
+        compressor.ratio_head.weight.zero_()
+        compressor.ratio_head.bias.fill_(2.9)  # 2^2.9 = 7.5: nearest of 2, 4, 8, 16, 32 is 8
+    (encoded,) = compressor.encode([range(20, 40)])
+    assert compressor.select(encoded) == Selection(8, saturated=False)
+    assert compressor.select(encoded, ratio_scale=-1) == Selection(4, saturated=False)
+    assert compressor.select(encoded, ratio_scale=3) == Selection(32, saturated=True)
