@@ -6,6 +6,7 @@ computes the same output block by block and keeps only sums:
 
 - `ColumnSums`: attention each token receives from all queries, mean over layers and heads [DAC, s_t].
 - `SegmentMass`: attention a few query tokens pay to each document, per layer and head [DAST, eq. 4].
+- `TrainedMass`: the same for a few heads in the middle of a padded batch, with gradients.
 
 Shapes: B batch, H heads, G key-value heads, Q queries, T keys, D head size, N documents.
 """
@@ -108,6 +109,43 @@ class SegmentMass:
         starts, stops = torch.tensor(self._segments, device=running.device).T
         self._layers.append((running[..., stops] - running[..., starts]).clamp_(min=0))
         return weights_BHQT.to(value_BHTD.dtype) @ value_BHTD
+
+
+class TrainedMass:
+    """Attention that chosen heads pay from question tokens to documents, mean over heads and tokens.
+
+    Args:
+        heads: (layer, head) pairs.
+        readings: per row of the batch, the ranges of its documents and the range of its question, which comes
+            after them.
+    """
+
+    def __init__(
+        self, heads: Sequence[tuple[int, int]], readings: Sequence[tuple[Sequence[Span], Span]]
+    ) -> None:
+        self._heads = heads
+        self._readings = readings
+        self._layer = 0
+        self._masses: list[list[Tensor]] = [[] for _ in readings]
+
+    @property
+    def mass_BN(self) -> list[Tensor]:
+        """(N,) float32 of each row; they need not have equally many documents."""
+        return [torch.cat(masses).mean(dim=0) for masses in self._masses]
+
+    def attend(self, query_BHQD: Tensor, key_BHTD: Tensor, value_BHTD: Tensor, scaling: float) -> Tensor:
+        """See `Recorder`; queries and keys cover the same positions."""
+        heads = [head for layer, head in self._heads if layer == self._layer]
+        self._layer += 1
+        for row, (documents, (start, stop)) in enumerate(self._readings if heads else ()):
+            weights_HQT = _causal_weights(
+                query_BHQD[row, heads, start:stop], key_BHTD[row, heads, :stop], scaling
+            )
+            shares_HN = [weights_HQT[..., first:last].sum(dim=-1).mean(dim=-1) for first, last in documents]
+            self._masses[row].append(torch.stack(shares_HN, dim=-1))
+        return torch.nn.functional.scaled_dot_product_attention(
+            query_BHQD, key_BHTD, value_BHTD, is_causal=True, scale=scaling
+        )
 
 
 class _Buffers:

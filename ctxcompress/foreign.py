@@ -120,7 +120,7 @@ class ForeignCompressor(SoftCompressor):
         self.base_window = decoder.window
         self.fingerprint = ""
 
-    @property
+    @functools.cached_property
     def decoder(self) -> Backbone:
         """The model that reads the soft tokens."""
         return Backbone(

@@ -44,10 +44,12 @@ class Sample:
         documents: token ids of each.
         turns: of each turn the prompt, token ids and slots, and the target: what the decoder should say, with
             the end of its turn.
+        gold: which documents hold the first answer, where there are others beside them.
     """
 
     documents: tuple[Ids, ...]
     turns: tuple[tuple[tuple[Ids | Slot, ...], Ids], ...]
+    gold: tuple[int, ...] = ()
 
     @property
     def targets(self) -> Ids:
@@ -121,6 +123,7 @@ class Samples:
             if not record["answers"] or not gold:
                 continue
             documents = [_shown(document) for document in gold]
+            known = {*documents}
             others = self._others(record, gold)
             count = draw.randint(*recipe.documents)
             documents += draw.sample(others, min(max(count - len(documents), 0), len(others)))
@@ -142,7 +145,8 @@ class Samples:
             between = follow_up(self._backbone, NEXT_QUESTION.replace("{query}", other["question"]))
             if between is not None:
                 turns.append(((between,), self._answer(draw, other)))
-        return Sample(tuple(ids), tuple(turns))
+        golden = tuple(place for place, text in enumerate(documents) if text in known)
+        return Sample(tuple(ids), tuple(turns), golden if len(golden) < len(ids) else ())
 
     def _answer(self, draw: random.Random, record: dict[str, Any]) -> Ids:
         return (*self._backbone.encode(draw.choice(record["answers"])).ids, *self._end)

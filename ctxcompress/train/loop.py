@@ -26,6 +26,7 @@ from torch import Tensor
 
 from ctxcompress import checkpoint
 from ctxcompress.backbone import Backbone
+from ctxcompress.calibration import Calibration
 from ctxcompress.errors import CheckpointError, MissingExtraError
 from ctxcompress.files import write_atomically
 from ctxcompress.methods.dac import Progress
@@ -61,7 +62,8 @@ def train(recipe: Recipe, progress: Progress | None = None) -> SoftCompressor:
         accelerator.init_trackers("ctxcompress")
     base = Backbone.from_pretrained(recipe.base, device=accelerator.device)
     compressor, moments, first = _begun(base, recipe, output)
-    model = Objective(compressor, recipe.distillation)
+    heads = Calibration.for_model(base.name, *base.layers_heads).heads
+    model = Objective(compressor, recipe.distillation, recipe.attention, heads)
     names = dict(compressor.trained())
     optimizer = torch.optim.AdamW(
         names.values(), lr=recipe.learning_rate, betas=recipe.betas, weight_decay=recipe.weight_decay

@@ -48,6 +48,8 @@ class Recipe:
         questions_per_sample: most questions asked in turn about one set of documents, which is encoded once.
         distillation: weight of KL(decoder reading raw text || decoder reading soft tokens) beside the
             cross-entropy of answers and continuations.
+        attention: weight of a loss that makes the base's retrieval heads look from the question to the gold
+            document, where a sample has several; see `losses.Objective`.
         steps: optimizer steps.
         batch_size: samples of a forward pass on each process.
         accumulation: forward passes of an optimizer step.
@@ -76,6 +78,7 @@ class Recipe:
     longest_document: int = 400
     questions_per_sample: int = 1
     distillation: float = 0.0
+    attention: float = 0.0
     steps: int = 1000
     batch_size: int = 32
     accumulation: int = 1
@@ -97,7 +100,7 @@ class Recipe:
         for name in ("learning_rate", "clip"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ConfigError(f"{name} must be > 0 and finite, got {getattr(self, name)}")
-        for name in ("distillation", "weight_decay"):
+        for name in ("distillation", "attention", "weight_decay"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ConfigError(
                     f"{name} must be >= 0 and finite, got {getattr(self, name)}; 0 turns it off"

@@ -524,3 +524,77 @@ def test_unreadable_recipes_are_refused(
         Recipe.read(write(tmp_path, text))
     with pytest.raises(InputError, match="a training recipe in TOML"):
         Recipe.read(tmp_path / "absent.toml")
+
+
+HEADS = [(0, 1), (2, 0), (2, 3)]
+
+
+def two_documents() -> Batch:
+    """Samples of different length: gold document second, first, and unknown."""
+    before, between, after = (5, 6), (7,), (1, 2, 8, 9)
+    turns = lambda target: (((before, Slot(0), between, Slot(1), after), target),)  # noqa: E731
+    return Batch(
+        "answer",
+        2,
+        (
+            Sample((tuple(range(20, 27)), (30, 31, 32)), turns((40, 41, 0)), gold=(1,)),
+            Sample((tuple(range(50, 62)), tuple(range(60, 65))), turns((43, 0)), gold=(0,)),
+            Sample((tuple(range(50, 56)), (60, 61)), turns((44, 0))),
+        ),
+    )
+
+
+def test_attention_loss_equals_that_of_whole_attention_matrices(
+    compressor: SoftCompressor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    batch = two_documents()
+    objective = Objective(compressor, 0.0, attention=0.5, heads=HEADS)
+    with torch.no_grad():
+        computed = objective(batch)
+        expected = []
+        soft = objective._soft([document for sample in batch.samples for document in sample.documents], 2)
+        for row, (sample, gold) in enumerate(zip(batch.samples[:2], (1, 0), strict=True)):
+            # before 2, document, between 1, document, question 4: places by hand from the soft lengths.
+            first, second = (len(part) for part in soft[2 * row : 2 * row + 2])
+            spans = [(2, 2 + first), (3 + first, 3 + first + second)]
+            stop = 3 + first + second + 4
+            (one,) = objective._spliced([sample], soft[2 * row : 2 * row + 2]).rows
+            model = compressor.decoder_model
+            model.set_attn_implementation("eager")
+            try:
+                output = model.model(inputs_embeds=one[None], use_cache=False, output_attentions=True)
+            finally:
+                model.set_attn_implementation("ctxcompress")
+            read = [output.attentions[layer][0, head, stop - 4 : stop] for layer, head in HEADS]
+            masses = [sum(weights[:, a:b].sum() for weights in read) for a, b in spans]
+            expected.append(-math.log(float(masses[gold] / (masses[0] + masses[1]))))
+    assert float(computed["attention"]) == pytest.approx(sum(expected) / 2, abs=1e-5)
+    assert float(computed["loss"]) == pytest.approx(
+        float(computed["nll"]) + 0.5 * float(computed["attention"]), abs=1e-5
+    )
+
+
+def test_attention_loss_teaches_the_decoder_where_to_look(backbone: Backbone) -> None:
+    torch.manual_seed(0)
+    compressor = SoftCompressor(backbone, SOFT)
+    compressor.finish(trainable=True)
+    objective = Objective(compressor, 0.0, attention=1.0, heads=HEADS)
+    optimizer = torch.optim.AdamW([value for _, value in compressor.trained()], lr=1e-2)
+    missed = []
+    for _ in range(30):
+        losses = objective(two_documents())
+        losses["loss"].backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        missed.append(float(losses["attention"].detach()))
+    assert missed[-1] < 0.5 * missed[0]
+
+
+def test_gold_places_are_known_where_there_are_others(settings: dict[str, Any], backbone: Backbone) -> None:
+    several = Samples(only(settings, "answer", documents=(4, 4)), backbone).batch(0).samples
+    for sample in several:
+        (place,) = sample.gold
+        asked = backbone.tokenizer.decode(sample.turns[0][0][-1]).split("number ")[1][0]
+        assert f"Owl\nOwl number {asked}" in backbone.tokenizer.decode(sample.documents[place])
+    alone = Samples(only(settings, "answer", documents=(1, 1)), backbone).batch(0).samples
+    assert {sample.gold for sample in alone} == {()}
