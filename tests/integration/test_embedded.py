@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from ctxcompress import DAC, Backbone, ContextCompressor, ModelError
+from ctxcompress import DAC, Backbone, ContextCompressor, ModelError, checkpoint
 from ctxcompress import embedded as embedded_module
 from ctxcompress.backbone import native_dtype
 from ctxcompress.embedded import resolve_model
-from ctxcompress.prompt import chat_prompt, question_prompt
+from ctxcompress.prompt import REPEAT, chat_prompt, question_prompt
 from ctxcompress.retrieval import FolderIndex
 
 pytestmark = pytest.mark.model
@@ -158,3 +158,39 @@ def test_unwritable_cache_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
     monkeypatch.setattr(embedded_module, "_installed_file", lambda *_: gguf_file)
     with pytest.raises(ModelError, match="CTXCOMPRESS_CACHE"):
         resolve_model("embedded")
+
+
+@pytest.fixture(scope="module")
+def soft(embedded: Backbone) -> ContextCompressor:
+    """The default model with the adapter that ships."""
+    return ContextCompressor(embedded, adapter=checkpoint.shipped())
+
+
+def test_shipped_adapter_says_what_its_soft_tokens_stand_for(soft: ContextCompressor) -> None:
+    text = "The blue whale is the largest animal that has ever lived, and it feeds almost only on krill."
+    ids = soft.backbone.encode(text).ids
+    (tokens,) = soft.soft.soften([ids], [2])
+    assert len(tokens) == -(-len(ids) // 2)
+    prompt = chat_prompt(soft.backbone, [tokens, REPEAT])
+    said = soft.decoder(adapted=True).generate(prompt, max_new_tokens=40).text
+    words = text.rstrip(".").split()
+    assert sum(word in said for word in words) >= 0.8 * len(words)
+
+
+def test_question_is_answered_from_soft_tokens(soft: ContextCompressor) -> None:
+    page = (PAGES / "penicillin.md").read_text(encoding="utf-8")[:500]
+    query = "Who discovered penicillin?"
+    result = soft.compress([page], query, compression_ratio=2, mode="soft")
+    assert result.documents[0].soft is not None
+    answer = soft.answer(result, max_new_tokens=24)
+    assert "Fleming" in answer.text
+    assert answer.prompt_tokens < soft.backbone.count(page)
+
+
+def test_adapter_is_small_and_measured() -> None:
+    folder = checkpoint.shipped()
+    assert folder is not None
+    assert sum(file.stat().st_size for file in folder.rglob("*.safetensors")) <= 25e6
+    described = checkpoint.describe(folder)
+    assert described["training"]
+    assert described["measured"]
