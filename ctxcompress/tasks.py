@@ -41,7 +41,8 @@ def read_task(path: Path, *, limit: int | None = None, offset: int = 0) -> list[
     if (limit is not None and limit < 1) or offset < 0:
         raise InputError(f"limit must be >= 1 and offset >= 0, got {limit} and {offset}")
     stop = None if limit is None else offset + limit
-    lines = [line for line in _content(path).splitlines() if line.strip()]
+    # Not splitlines: JSON may hold other line separators, such as U+2028, as they are.
+    lines = [line for line in _content(path).split("\n") if line.strip()]
     questions = [
         _question(line, number, path) for number, line in enumerate(lines[offset:stop], start=offset + 1)
     ]

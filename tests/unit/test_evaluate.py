@@ -241,3 +241,10 @@ def test_calibrate_command_writes_a_file_that_loads(tiny_model: Path, tmp_path: 
     assert result.exit_code == 0, result.stderr
     assert json.loads(result.stdout)["questions"] == 12
     Calibration.load(output).check(3, 4)
+
+
+def test_line_separators_inside_a_question_stay_inside(tmp_path: Path) -> None:
+    line = json.dumps({**record(1), "question": "One\u2028two?"}, ensure_ascii=False)
+    (tmp_path / "task.jsonl").write_text(line + "\r\n", encoding="utf-8")
+    (question,) = read_task(tmp_path / "task.jsonl")
+    assert question.question == "One\u2028two?"
