@@ -27,9 +27,8 @@ from ctxcompress.types import Span
 
 ATTENTION = "ctxcompress"
 QUERY_BLOCK = 32  # queries whose weights exist at the same time: 32 x 2,000 keys x 9 heads x 4 bytes = 2.3 MB
-KEY_STEP = (
-    512  # keys of a block are rounded up to this: oneDNN keeps a compiled kernel for every shape it meets
-)
+# Keys of a block are rounded up to this: oneDNN keeps a compiled kernel for every shape it meets.
+KEY_STEP = 512
 
 
 class Recorder(Protocol):
@@ -151,7 +150,7 @@ class TrainedMass:
 class _Buffers:
     """Memory of one block of weights, used for all blocks and layers.
 
-    Allocating megabytes anew for every block leaves holes in the heap that add up to more than the data.
+    Megabytes allocated anew for every block would leave holes in the heap.
     """
 
     def __init__(self, like: Tensor, elements: int) -> None:

@@ -192,9 +192,9 @@ class Backbone:
         """
         nll = [torch.zeros(len(ids), dtype=torch.float32) for ids in texts]
         attention = [torch.zeros(len(ids), dtype=torch.float32) for ids in texts]
-        for batch in _batches(
-            [piece for text, ids in enumerate(texts) for piece in _windows(text, len(ids), self.window)]
-        ):
+        pieces = [piece for text, ids in enumerate(texts) for piece in _windows(text, len(ids), self.window)]
+        for places in batches([piece.stop - piece.start for piece in pieces]):
+            batch = [pieces[place] for place in places]
             rows = [list(texts[piece.text][piece.start : piece.stop]) for piece in batch]
             nll_BT, attention_BT = self._forward_signals(rows, [piece.fresh - piece.start for piece in batch])
             for row, piece in enumerate(batch):
@@ -338,6 +338,21 @@ class Backbone:
         return trunk
 
 
+def batches(lengths: Sequence[int]) -> Iterator[list[int]]:
+    """Places of texts of similar length together, so that little of a batch is padding.
+
+    A batch has at most BATCH_TOKENS tokens with its padding, unless one text alone has more.
+    """
+    batch: list[int] = []
+    for place in sorted(range(len(lengths)), key=lengths.__getitem__):
+        if batch and lengths[place] * (len(batch) + 1) > BATCH_TOKENS:
+            yield batch
+            batch = []
+        batch.append(place)
+    if batch:
+        yield batch
+
+
 @dataclass(frozen=True, slots=True)
 class _Piece:
     """Tokens `start:stop` of text number `text`; those before `fresh` are only context."""
@@ -390,18 +405,6 @@ def _windows(text: int, length: int, window: int) -> Iterator[_Piece]:
     half = max(window // 2, 1)
     for fresh in range(window, length, half):
         yield _Piece(text, fresh - half, fresh, min(fresh + half, length))
-
-
-def _batches(pieces: list[_Piece]) -> Iterator[list[_Piece]]:
-    """Pieces of similar length together, so that little of a batch is padding."""
-    batch: list[_Piece] = []
-    for piece in sorted(pieces, key=lambda piece: piece.stop - piece.start):
-        if batch and (piece.stop - piece.start) * (len(batch) + 1) > BATCH_TOKENS:
-            yield batch
-            batch = []
-        batch.append(piece)
-    if batch:
-        yield batch
 
 
 def _packed(documents: Sequence[Sequence[int]], room: int) -> Iterator[list[_Piece]]:

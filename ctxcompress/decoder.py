@@ -17,7 +17,7 @@ import queue
 import re
 import secrets
 import threading
-from collections.abc import AsyncGenerator, Callable, Generator, Iterator, Sequence
+from collections.abc import AsyncGenerator, Callable, Generator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig
 
-from ctxcompress.backbone import BATCH_TOKENS, Backbone
+from ctxcompress.backbone import Backbone, batches
 from ctxcompress.errors import CheckpointError, ConfigError, InputError
 from ctxcompress.prompt import Ids, length, splice
 from ctxcompress.types import SoftTokens
@@ -122,7 +122,7 @@ class LocalDecoder:
         settings = _Settings(max_new_tokens, temperature, top_p, seed, _strings(stop))
         checked = self._checked(prompts, settings)
         done: dict[int, Completion] = {}
-        for places in _batches([prompt.tokens + max_new_tokens for prompt in checked]):
+        for places in batches([prompt.tokens + max_new_tokens for prompt in checked]):
             done |= zip(places, self._run([checked[place] for place in places], settings), strict=True)
         return [done[place] for place in range(len(checked))]
 
@@ -473,19 +473,3 @@ def _strings(stop: str | Sequence[str]) -> tuple[str, ...]:
 
 def _is_whole(number: Any) -> bool:
     return isinstance(number, int) and not isinstance(number, bool)
-
-
-def _batches(tokens: Sequence[int]) -> Iterator[list[int]]:
-    """Places of prompts of similar length together, at most BATCH_TOKENS unless one alone has more.
-
-    Args:
-        tokens: of each prompt and its answer; what is padded counts as the longest.
-    """
-    batch: list[int] = []
-    for place in sorted(range(len(tokens)), key=tokens.__getitem__):
-        if batch and tokens[place] * (len(batch) + 1) > BATCH_TOKENS:
-            yield batch
-            batch = []
-        batch.append(place)
-    if batch:
-        yield batch

@@ -134,9 +134,9 @@ class ForeignCompressor(SoftCompressor):
         ends = [self._before_end if closed else () for closed in last or [True] * len(texts)]
         return super().read([[*ids, *end] for ids, end in zip(texts, ends, strict=True)], ratio, last)
 
-    def _pieces(self, tokens: int) -> list[tuple[int, int]]:
+    def pieces(self, tokens: int) -> list[tuple[int, int]]:
         """As the parent's, with room for all end tokens in the last piece."""
-        pieces = super()._pieces(tokens + len(self._before_end))
+        pieces = super().pieces(tokens + len(self._before_end))
         return [(start, min(stop, tokens)) for start, stop in pieces]
 
 

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ctxcompress.backbone import Backbone
+from ctxcompress.backbone import Backbone, batches
 from ctxcompress.config import SoftConfig
 from ctxcompress.errors import CheckpointError, InputError
 from ctxcompress.pooling import pool, windows
@@ -30,7 +30,6 @@ from ctxcompress.types import SoftTokens
 
 ENCODER, DECODER = "encoder", "decoder"
 LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-BATCH_TOKENS = 4096  # padded tokens of one encoder pass
 SPREAD = 3.0  # what the converter may add at first, in standard deviations of the embedding table
 
 
@@ -222,10 +221,11 @@ class SoftCompressor(nn.Module):
         """
         ratio = self._checked(ratio)
         pieces = [
-            (text, start, stop) for text, ids in enumerate(texts) for start, stop in self._pieces(len(ids))
+            (text, start, stop) for text, ids in enumerate(texts) for start, stop in self.pieces(len(ids))
         ]
         done: dict[tuple[int, int, int], tuple[Features, float]] = {}
-        for batch in _batches(pieces, lambda piece: piece[2] - piece[1]):
+        for places in batches([stop - start + 1 for _, start, stop in pieces]):
+            batch = [pieces[place] for place in places]
             ids = [texts[text][start:stop] for text, start, stop in batch]
             last = [stop == len(texts[text]) for text, _, stop in batch]
             features, log2_B = self.read(ids, ratio, last)
@@ -384,7 +384,7 @@ class SoftCompressor(nn.Module):
             )
         return ratio
 
-    def _pieces(self, tokens: int) -> list[tuple[int, int]]:
+    def pieces(self, tokens: int) -> list[tuple[int, int]]:
         """Token ranges encoded together; all but one a multiple of every ratio, so windows stay whole."""
         size = self.window - self.window % math.lcm(*self.config.ratio_set) or self.window
         short = (tokens + self.config.pool_end_token) % size if self.config.window_alignment == "end" else 0
@@ -397,7 +397,7 @@ class SoftCompressor(nn.Module):
         ratio: int,
         done: dict[tuple[int, int, int], tuple[Features, float]],
     ) -> EncodedText:
-        pieces = [done[text, start, stop] for start, stop in self._pieces(len(ids))]
+        pieces = [done[text, start, stop] for start, stop in self.pieces(len(ids))]
         features = Features(
             torch.cat([piece.states_BMD for piece, _ in pieces]),
             torch.cat([piece.embeddings_BMD for piece, _ in pieces]),
@@ -416,15 +416,3 @@ def _add_lora(model: nn.Module, name: str, rank: int, scale: float) -> None:
 
 def _padded(rows: Sequence[Tensor]) -> Tensor:
     return nn.utils.rnn.pad_sequence(list(rows), batch_first=True)
-
-
-def _batches(pieces: list[tuple[int, int, int]], length: Any) -> Iterator[list[tuple[int, int, int]]]:
-    """Pieces of similar length together, so that little of a batch is padding."""
-    batch: list[tuple[int, int, int]] = []
-    for piece in sorted(pieces, key=length):
-        if batch and (length(piece) + 1) * (len(batch) + 1) > BATCH_TOKENS:
-            yield batch
-            batch = []
-        batch.append(piece)
-    if batch:
-        yield batch

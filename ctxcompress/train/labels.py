@@ -196,21 +196,20 @@ def end_states(compressor: SoftCompressor, texts: Sequence[Sequence[int]], batch
     The head is linear: its prediction of the mean is the mean of the predictions `encode` takes.
     """
     ratios = compressor.config.ratio_set
-    size = compressor.window - compressor.window % ratios[-1] or compressor.window
-    pieces = [(text, start) for text, ids in enumerate(texts) for start in range(0, len(ids), size)]
+    pieces = [(text, piece) for text, ids in enumerate(texts) for piece in compressor.pieces(len(ids))]
     sums_ND = torch.zeros(len(texts), compressor.ratio_head.in_features, dtype=torch.float64)
     seen: list[Tensor] = []
     hook = compressor.ratio_head.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
     try:
-        lengths = [min(len(texts[text]) - start, size) for text, start in pieces]
+        lengths = [stop - start for _, (start, stop) in pieces]
         for places in _batches(lengths, batch_size):
             batch = [pieces[place] for place in places]
-            compressor.read([texts[text][start : start + size] for text, start in batch], ratios[0])
+            compressor.read([texts[text][start:stop] for text, (start, stop) in batch], ratios[0])
             rows = torch.tensor([text for text, _ in batch])
             sums_ND.index_add_(0, rows, seen.pop().to("cpu", torch.float64))
     finally:
         hook.remove()
-    counts_N = torch.tensor([-(-len(ids) // size) for ids in texts], dtype=torch.float64)
+    counts_N = torch.tensor([len(compressor.pieces(len(ids))) for ids in texts], dtype=torch.float64)
     return sums_ND / counts_N[:, None]
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from ctxcompress import Backbone, ModelError
-from ctxcompress.backbone import _packed, _windows
+from ctxcompress.backbone import _packed, _windows, batches
 from ctxcompress.errors import InputError
 
 LENGTHS = (1, 2, 17, 65, 130, 200)
@@ -221,3 +221,11 @@ def test_threads_never_turn_text_into_control_tokens(backbone: Backbone) -> None
     with ThreadPoolExecutor(4) as pool:
         outcomes = [pool.submit(work, place) for place in range(3000) for work in (forged, real)]
         assert [outcome.result() for outcome in outcomes] == [False, True] * 3000
+
+
+def test_batches_hold_similar_lengths_within_the_cap(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ctxcompress.backbone.BATCH_TOKENS", 30)
+    # Sorted 5 8 10 | 16 | 40: 3 * 10 = 30 fits, 4 * 16 and 2 * 40 do not, and 40 is alone too long.
+    assert list(batches([40, 5, 16, 8, 10])) == [[1, 3, 4], [2], [0]]
+    assert list(batches([10, 10, 10, 10])) == [[0, 1, 2], [3]]
+    assert list(batches([])) == []

@@ -17,7 +17,7 @@ import torch
 from transformers import GenerationConfig, PreTrainedTokenizerFast
 
 from ctxcompress import Backbone
-from ctxcompress.decoder import Completion, LocalDecoder, _Answer, _batches, _Listener, _Sampler, _Settings
+from ctxcompress.decoder import Completion, LocalDecoder, _Answer, _Listener, _Sampler, _Settings
 from ctxcompress.errors import CheckpointError, ConfigError, InputError
 from ctxcompress.prompt import Ids, chat_prompt, question_prompt
 from ctxcompress.types import SoftTokens
@@ -149,17 +149,9 @@ def test_batch_equals_one_by_one(
     mixed = [*prompts, [prompts[0][0], soft(backbone, TEXTS[1])]]
     alone = [decoder.generate(prompt, max_new_tokens=most, stop="e", **settings) for prompt in mixed]
     assert decoder.generate_batch(mixed, max_new_tokens=most, stop="e", **settings) == alone
-    monkeypatch.setattr("ctxcompress.decoder.BATCH_TOKENS", 150)
+    monkeypatch.setattr("ctxcompress.backbone.BATCH_TOKENS", 150)
     assert decoder.generate_batch(mixed, max_new_tokens=most, stop="e", **settings) == alone
     assert [answer.soft_tokens for answer in alone] == [0, 0, 0, 0, len(soft(backbone, TEXTS[1]))]
-
-
-def test_batches_hold_similar_lengths_within_the_cap(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ctxcompress.decoder.BATCH_TOKENS", 30)
-    # Sorted 5 8 10 | 16 | 40: 3 * 10 = 30 fits, 4 * 16 and 2 * 40 do not, and 40 is alone too long.
-    assert list(_batches([40, 5, 16, 8, 10])) == [[1, 3, 4], [2], [0]]
-    assert list(_batches([10, 10, 10, 10])) == [[0, 1, 2], [3]]
-    assert list(_batches([])) == []
 
 
 def test_sampling_leaves_torchs_random_state_alone(decoder: LocalDecoder, prompts: list[list[Ids]]) -> None:
