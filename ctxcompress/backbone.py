@@ -2,7 +2,9 @@
 
 - `encode`: text -> token ids with the character span of each.
 - `token_signals`: NLL and accumulated attention of every token [DAC], for many texts at once.
-- `read_queries`: the attention that questions pay to documents, and the documents' NLL [DAST].
+- `token_nll`: how badly every token of a text was predicted, without the attention.
+- `read_queries`: the attention that questions pay to documents, raw or soft, and the documents' NLL [DAST].
+- `splice`: token ids and soft tokens -> input embeddings.
 
 No pass ever holds tokens x tokens attention or tokens x vocabulary logits of a whole text.
 
@@ -32,6 +34,7 @@ from ctxcompress.types import Span
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+Ids = tuple[int, ...]
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 BATCH_TOKENS = 4096  # padded tokens of one forward pass over several texts
 VOCABULARY_BLOCK = 32  # tokens whose logits exist at the same time: 32 x 49,152 x (2 + 4) bytes = 9.4 MB
@@ -111,7 +114,7 @@ class Backbone:
         self.tokenizer: Any = tokenizer
         # How special tokens are split is state of a tokenizer, not of a call: with one for documents and one
         # for templates, threads cannot turn each other's text into control tokens.
-        self._plain: Any = copy.deepcopy(tokenizer)
+        self._plain: Any = _plain_copy(tokenizer)
         self.name = name
         # Beyond a sliding window the model itself forgets keys, so a pass never reaches beyond it.
         limits = (model.config.max_position_embeddings, getattr(model.config, "sliding_window", None), window)
@@ -206,19 +209,37 @@ class Backbone:
                 ]
         return [TokenSignals(*signals) for signals in zip(nll, attention, strict=True)]
 
+    @torch.inference_mode()
+    def token_nll(self, texts: Sequence[Sequence[int]]) -> list[Tensor]:
+        """`token_signals(texts)[i].nll_T` of each text, for the price of a plain forward pass."""
+        nll = [torch.zeros(len(ids), dtype=torch.float32) for ids in texts]
+        pieces = [piece for text, ids in enumerate(texts) for piece in _windows(text, len(ids), self.window)]
+        for places in batches([piece.stop - piece.start for piece in pieces]):
+            batch = [pieces[place] for place in places]
+            ids_BT = self._padded([texts[piece.text][piece.start : piece.stop] for piece in batch])
+            hidden_BTD = self.model.model(ids_BT, use_cache=False).last_hidden_state
+            nll_BT = self._row_nll(hidden_BTD, ids_BT, [piece.stop - piece.start for piece in batch])
+            for row, piece in enumerate(batch):
+                fresh, length = piece.fresh - piece.start, piece.stop - piece.start
+                nll[piece.text][piece.fresh : piece.stop] = nll_BT[row, fresh:length]
+        return nll
+
+    def _padded(self, rows: Sequence[Sequence[int]]) -> Tensor:
+        """(B, T) token ids; padding on the right, which causal attention never sees."""
+        tensors = [torch.tensor(row) for row in rows]
+        return torch.nn.utils.rnn.pad_sequence(tensors, batch_first=True).to(self.device)
+
     def _forward_signals(self, rows: list[list[int]], fresh: list[int]) -> tuple[Tensor, Tensor]:
-        ids_BT = torch.nn.utils.rnn.pad_sequence([torch.tensor(row) for row in rows], batch_first=True).to(
-            self.device
-        )
+        ids_BT = self._padded(rows)
         recorder = ColumnSums([(start, len(row)) for start, row in zip(fresh, rows, strict=True)])
-        # Padding is on the right and attention causal, so no real token ever sees it: no mask is needed.
         hidden_BTD = self.model.model(ids_BT, use_cache=False, recorder=recorder).last_hidden_state
+        return self._row_nll(hidden_BTD, ids_BT, [len(row) for row in rows]), recorder.mean_BT.cpu()
+
+    def _row_nll(self, hidden_BTD: Tensor, ids_BT: Tensor, lengths: Sequence[int]) -> Tensor:
         nll_BT = torch.zeros(ids_BT.shape, dtype=torch.float32)
-        for row, tokens in enumerate(rows):
-            nll_BT[row, 1 : len(tokens)] = self._nll(
-                hidden_BTD[row, : len(tokens) - 1], ids_BT[row, 1 : len(tokens)]
-            )
-        return nll_BT, recorder.mean_BT.cpu()
+        for row, length in enumerate(lengths):
+            nll_BT[row, 1:length] = self._nll(hidden_BTD[row, : length - 1], ids_BT[row, 1:length])
+        return nll_BT
 
     def _nll(self, hidden_TD: Tensor, next_ids_T: Tensor) -> Tensor:
         """-ln p(next token) for every hidden state, (T,) float32 on the CPU."""
@@ -242,10 +263,10 @@ class Backbone:
     @torch.inference_mode()
     def read_queries(
         self,
-        documents: Sequence[Sequence[int]],
+        documents: Sequence[Ids | Tensor],
         questions: Sequence[Sequence[int]],
         *,
-        prefix: Sequence[int],
+        prefix: Ids,
         last_token: bool = False,
         layers: int | None = None,
         with_nll: bool = False,
@@ -256,12 +277,13 @@ class Backbone:
         longer one in pieces; a window's mass counts by its share of all tokens.
 
         Args:
-            documents: token ids of each; separators belong to the document they follow.
+            documents: of each the token ids or (M, D) embeddings, with its separator, which belongs to the
+                document it follows.
             questions: token ids of each question, tried independently after the same documents.
             prefix: token ids before the first document; they take the attention that any first token draws.
             last_token: mass of the last question token instead of the mean over all.
             layers: read only this many layers, which costs only these; None reads all.
-            with_nll: also compute the documents' NLL; needs all layers.
+            with_nll: also compute the documents' NLL; needs all layers, and token ids.
 
         Raises:
             InputError: a question leaves no room for documents.
@@ -289,10 +311,10 @@ class Backbone:
 
     def _read_window(
         self,
-        documents: Sequence[Sequence[int]],
+        documents: Sequence[Ids | Tensor],
         pieces: Sequence[_Piece],
         questions: Sequence[Sequence[int]],
-        prefix: Sequence[int],
+        prefix: Ids,
         last_token: bool,
         depth: int,
         with_nll: bool,
@@ -300,15 +322,21 @@ class Backbone:
         """One window's mass per piece, and the *sum* of each piece's NLL."""
         from transformers import DynamicCache
 
-        ids, segments = list(prefix), []
+        parts: list[Ids | Tensor] = [prefix]
+        segments: list[Span] = []
+        end = len(prefix)
         for piece in pieces:
-            segments.append((len(ids), len(ids) + piece.stop - piece.start))
-            ids += documents[piece.text][piece.start : piece.stop]
-        ids_T = torch.tensor(ids, device=self.device)
+            parts.append(documents[piece.text][piece.start : piece.stop])
+            segments.append((end, end + len(parts[-1])))
+            end = segments[-1][1]
+        rows_TD = splice(parts, self.model.get_input_embeddings())
         trunk, cache = self._trunk(depth), DynamicCache()
-        hidden_TD = trunk(ids_T[None], past_key_values=cache, use_cache=True).last_hidden_state[0]
+        hidden_TD = trunk(
+            inputs_embeds=rows_TD[None], past_key_values=cache, use_cache=True
+        ).last_hidden_state[0]
         nll_N = None
         if with_nll:
+            ids_T = torch.tensor([token for part in parts for token in part], device=self.device)
             nll_T = torch.cat([torch.zeros(1, dtype=torch.float32), self._nll(hidden_TD[:-1], ids_T[1:])])
             nll_N = torch.stack([nll_T[start:stop].sum() for start, stop in segments])
         masses = []
@@ -336,6 +364,25 @@ class Backbone:
         trunk._modules = dict(trunk._modules)
         trunk.layers = trunk.layers[:depth]
         return trunk
+
+
+def splice(segments: Sequence[Ids | Tensor], embed: torch.nn.Embedding) -> Tensor:
+    """(T, D) input embeddings of a prompt: looked up for token ids, taken as they are for soft tokens.
+
+    Args:
+        segments: token ids, or (M, D) embeddings.
+        embed: the decoder's input embedding.
+    """
+    table = embed.weight
+    return torch.cat(
+        [
+            segment.to(table)
+            if isinstance(segment, Tensor)
+            else embed(torch.tensor(segment, device=table.device))
+            for segment in segments
+            if len(segment)
+        ]
+    )
 
 
 def batches(lengths: Sequence[int]) -> Iterator[list[int]]:
@@ -377,6 +424,19 @@ def _loaded(name: str, source: str, dtype: torch.dtype) -> tuple[PreTrainedModel
         ) from error
 
 
+def _plain_copy(tokenizer: PreTrainedTokenizerBase) -> Any:
+    """A copy for documents: all control tokens are special ones in it, which `encode` splits like any text.
+
+    Vocabularies do not mark all of them, for example "<think>". Added tokens that are only words stay tokens.
+    """
+    plain: Any = copy.deepcopy(tokenizer)
+    added = [token.content for token in plain.backend_tokenizer.get_added_tokens_decoder().values()]
+    plain.backend_tokenizer.add_special_tokens(
+        [text for text in added if not all(letter.isalnum() or letter.isspace() for letter in text)]
+    )
+    return plain
+
+
 def native_dtype(device: torch.device) -> torch.dtype:
     """bfloat16 where the processor multiplies matrices in it, else float32 (float16 on older GPUs)."""
     if device.type == "cuda":
@@ -407,7 +467,7 @@ def _windows(text: int, length: int, window: int) -> Iterator[_Piece]:
         yield _Piece(text, fresh - half, fresh, min(fresh + half, length))
 
 
-def _packed(documents: Sequence[Sequence[int]], room: int) -> Iterator[list[_Piece]]:
+def _packed(documents: Sequence[Ids | Tensor], room: int) -> Iterator[list[_Piece]]:
     """Documents in order into windows of at most `room` tokens; only a document longer than that is cut."""
     window: list[_Piece] = []
     used = 0

@@ -4,17 +4,22 @@
     FOLDER/encoder/adapter_model.safetensors   PEFT's layout, with adapter_config.json
     FOLDER/decoder/adapter_model.safetensors   the same; serving engines load it as a LoRA adapter
     FOLDER/converter.safetensors               converter, ratio head, learned tokens
+    FOLDER/calibration.json                    retrieval heads on soft tokens, if they were calibrated
     FOLDER/README.md                           model card
 
-Nothing is pickled and no code is loaded.
+Nothing is pickled and no code is loaded. A folder may come from the Hugging Face hub: `HubFolder` fetches the
+files it is asked for and nothing else.
 """
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import json
 import os
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +28,7 @@ from torch import Tensor
 
 from ctxcompress import card
 from ctxcompress.backbone import Backbone
+from ctxcompress.calibration import Calibration
 from ctxcompress.config import SoftConfig, to_dict
 from ctxcompress.errors import CheckpointError, ConfigError
 from ctxcompress.files import write_atomically
@@ -35,6 +41,82 @@ _HOMES = {
     "decoder_model": "decoder/adapter_model.safetensors",
 }
 _CONVERTER = "converter.safetensors"
+_CALIBRATION = "calibration.json"
+FILES = (
+    *_HOMES.values(),
+    f"{ENCODER}/adapter_config.json",
+    f"{DECODER}/adapter_config.json",
+    _CONVERTER,
+    _CALIBRATION,
+)
+"""All that `config.json` may list; not all adapters have all."""
+_HUB_NAME = re.compile(r"([\w-][\w.-]*/[\w-][\w.-]*)(?:@([\w-][\w.-]*))?(?:/(.+))?", re.ASCII)
+
+
+@dataclass(frozen=True, slots=True)
+class HubFolder:
+    """A folder of a hub repository, OWNER/REPOSITORY[@REVISION][/SUB/FOLDER] as the hub's tools write it.
+
+    Example:
+        >>> HubFolder.named("someone/adapters@v1/static/8x")
+        HubFolder(repository='someone/adapters', revision='v1', inside='static/8x')
+    """
+
+    repository: str
+    revision: str | None
+    inside: str
+
+    @classmethod
+    def named(cls, name: str | os.PathLike[str]) -> HubFolder:
+        """The place that a name stands for; a `Path` is never one.
+
+        Raises:
+            CheckpointError: it looks like a local path.
+        """
+        found = _HUB_NAME.fullmatch(name) if isinstance(name, str) else None
+        inside = (found[3] or "") if found else ""
+        if found is None or (inside and {"", ".", ".."} & set(inside.split("/"))):
+            raise CheckpointError(
+                "an adapter's folder, or OWNER/REPOSITORY[@REVISION][/SUB/FOLDER] of the hub, was expected, "
+                f"got {os.fspath(name)!r}, where there is no folder; check the path"
+            )
+        return cls(found[1], found[2], inside)
+
+    def __str__(self) -> str:
+        revision, inside = (self.revision and f"@{self.revision}") or "", self.inside and f"/{self.inside}"
+        return f"{self.repository}{revision}{inside}"
+
+    def fetch(self, patterns: Iterable[str]) -> Path:
+        """Download what is not in the hub's cache yet.
+
+        Args:
+            patterns: of the files wanted, relative to the folder.
+
+        Returns:
+            The repository's snapshot; its name is the commit.
+
+        Raises:
+            CheckpointError: no such repository or revision, no access, or out of reach and not in the cache.
+        """
+        from huggingface_hub import snapshot_download
+
+        prefix = glob.escape(self.inside) + "/" if self.inside else ""
+        try:
+            return Path(
+                snapshot_download(
+                    self.repository,
+                    revision=self.revision,
+                    allow_patterns=[prefix + pattern for pattern in patterns],
+                )
+            )
+        # The errors of the HTTP library below come through as they are, and which library it is has changed.
+        except Exception as error:
+            reason = (str(error).splitlines() or [""])[0]
+            raise CheckpointError(
+                f"the adapter {str(self)!r} was expected on the hub or in its cache, got "
+                f"{type(error).__name__}: {reason}; check the spelling and your access, or where there is no "
+                f"network, download it first: hf download {self.repository}"
+            ) from error
 
 
 def save(
@@ -128,6 +210,16 @@ def annotate(folder: str | os.PathLike[str], measured: Mapping[str, Mapping[str,
     write_atomically(path / "config.json", (json.dumps(description, indent=1) + "\n").encode())
 
 
+def calibration(folder: str | os.PathLike[str] | None) -> Calibration | None:
+    """The retrieval heads and weights fitted to an adapter's soft tokens; None if there are none.
+
+    Raises:
+        ModelError: the file is damaged.
+    """
+    file = None if folder is None else Path(folder) / _CALIBRATION
+    return Calibration.load(file) if file is not None and file.exists() else None
+
+
 def shipped() -> Path | None:
     """Folder of the embedded model's adapter, if this installation has it."""
     folder = Path(__file__).parent / "adapter"
@@ -138,7 +230,7 @@ def describe(folder: Path) -> dict[str, Any]:
     """The content of a checkpoint's `config.json`.
 
     Raises:
-        CheckpointError: none there, not one of ours, or of another format.
+        CheckpointError: none there, not one of ours, of another format, or listing files that no adapter has.
     """
     try:
         description: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
@@ -154,6 +246,12 @@ def describe(folder: Path) -> dict[str, Any]:
         raise CheckpointError(
             f"an adapter folder with a config.json was expected at {folder}, got: {error!r}; check the path"
         ) from error
+    strange = sorted(description["files"].keys() - set(FILES))
+    if strange:  # such as "../../elsewhere"
+        raise CheckpointError(
+            f"config.json in {folder} must list files of an adapter only, got {strange[:3]}; copy the whole "
+            "folder again"
+        )
     return description
 
 

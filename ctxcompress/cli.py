@@ -1,10 +1,11 @@
-"""ctxcompress compress | ask | evaluate | calibrate | train: the library on the command line.
+"""ctxcompress compress | ask | index | evaluate | bench | calibrate | train: the library on the command line.
 
 Results go to standard output, everything else (progress, tables beside plain text, errors) to standard error.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import sys
@@ -32,6 +33,7 @@ from ctxcompress.config import (
     AllocatorName,
     DACConfig,
     DASTConfig,
+    DASTMode,
     Mode,
     Prior,
     check_target,
@@ -39,7 +41,7 @@ from ctxcompress.config import (
     to_dict,
 )
 from ctxcompress.embedded import EMBEDDED
-from ctxcompress.errors import CtxCompressError
+from ctxcompress.errors import CtxCompressError, InputError
 from ctxcompress.files import decoded, read_text
 
 if TYPE_CHECKING:
@@ -48,6 +50,10 @@ if TYPE_CHECKING:
     from ctxcompress.types import CompressedDocument, CompressionResult
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+bench_app = typer.Typer(no_args_is_help=True, help="Measure speed on this machine.")
+app.add_typer(bench_app, name="bench")
+store_app = typer.Typer(no_args_is_help=True, help="Look after stores of encoded documents.")
+app.add_typer(store_app, name="store")
 errors = Console(stderr=True)
 output = Console(width=None if sys.stdout.isatty() else 160)
 
@@ -55,15 +61,25 @@ Budget = Annotated[
     int | None, typer.Option(help="Most tokens of all documents together. Give this or --ratio.")
 ]
 Ratio = Annotated[float | None, typer.Option(help="Original tokens / compressed tokens, >= 1.")]
+RatioScale = Annotated[
+    float | None,
+    typer.Option(help="For semi_dynamic, in place of a budget: added to predicted log2 ratios; +1 doubles."),
+]
 _TextMode = Literal["auto", "text"]
+_FixedMode = Literal["text", "soft"]
 TextModeOption = Annotated[str, typer.Option("--mode", help="How a document shrinks: auto or text.")]
 ModeOption = Annotated[
     str, typer.Option(help="How a document shrinks: text, soft, or auto for the better one.")
 ]
-Allocator = Annotated[str, typer.Option(help="Who gets how much: dast, uniform, random, bm25 or embedding.")]
+Allocator = Annotated[
+    str,
+    typer.Option(
+        help="Who gets how much: dast, uniform, random, bm25, embedding, semi_dynamic, dast+semi_dynamic."
+    ),
+]
 Model = Annotated[str, typer.Option(help='"embedded", a local folder, or a Hugging Face hub id.')]
 Adapter = Annotated[
-    str, typer.Option(help='Soft-token adapter: "embedded" (ships with the model), or a folder.')
+    str, typer.Option(help='Soft-token adapter: "embedded" (ships with the model), a folder, or a hub id.')
 ]
 PriorOption = Annotated[
     str, typer.Option(help="Whether the retriever's scores count as evidence: retriever or none.")
@@ -76,6 +92,15 @@ EmbedderName = Annotated[
 ]
 Seed = Annotated[int, typer.Option(help="Of the random allocator and of bootstrap intervals.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
+IndexFolder = Annotated[
+    Path | None, typer.Option("--index", help="Where the index is kept; default: FOLDER/.ctxcompress.")
+]
+StoreFolder = Annotated[
+    Path | None, typer.Option("--store", help="Where soft tokens are kept; default: store, in the index.")
+]
+ChunkTokens = Annotated[
+    int | None, typer.Option(help="Most tokens of a chunk, which gets a ratio of its own; default: 256.")
+]
 TaskFile = Annotated[Path, typer.Option("--task", help="Questions: .jsonl or .jsonl.xz.")]
 Limit = Annotated[int | None, typer.Option(help="Questions to read.")]
 Offset = Annotated[int, typer.Option(help="Questions to leave out at the start of the file.")]
@@ -134,9 +159,8 @@ def ask(
     adapter: Adapter = EMBEDDED,
     calibration: CalibrationFile = None,
     embedder: EmbedderName = EMBEDDED,
-    index: Annotated[
-        Path | None, typer.Option(help="Where the index is kept; default: FOLDER/.ctxcompress.")
-    ] = None,
+    index: IndexFolder = None,
+    store: StoreFolder = None,
     max_new_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.")] = 64,
     seed: Seed = 0,
     as_json: AsJson = False,
@@ -150,7 +174,9 @@ def ask(
         dast = DASTConfig(prior=one_of("prior", prior, Prior))
         with _progress() as report:
             found = FolderIndex.open(folder, Embedder(embedder), index_folder=index, progress=report)
-            compressor = _loaded(report, model, calibration, seed, found.embedder, dast, adapter)
+            compressor = _loaded(
+                report, model, calibration, seed, found.embedder, dast, adapter, _store(folder, index, store)
+            )
             started = time.perf_counter()
             documents = found.retrieve(question, top_k)
             retrieved = time.perf_counter() - started
@@ -184,6 +210,7 @@ def evaluate(
     ),
     ratio: Ratio = None,
     budget: Budget = None,
+    ratio_scale: RatioScale = None,
     limit: Limit = None,
     offset: Offset = 0,
     seed: Seed = 0,
@@ -192,9 +219,18 @@ def evaluate(
     adapter: Adapter = EMBEDDED,
     calibration: CalibrationFile = None,
     embedder: EmbedderName = EMBEDDED,
+    dast_mode: Annotated[str, typer.Option(help="Of DAST: repaired, scaled or paper.")] = "repaired",
+    alpha: Annotated[
+        float, typer.Option(help="Weight of attention against NLL; for scaled and paper.")
+    ] = 0.5,
+    ppl_sign: Annotated[int, typer.Option(help="Sign of the NLL: -1 as printed, or 1.")] = -1,
     max_new_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.")] = 32,
     output_folder: Annotated[
         Path | None, typer.Option("--output", help="Folder of the run; default: ctxcompress-runs/TASK-HASH.")
+    ] = None,
+    report_folder: Annotated[
+        Path | None,
+        typer.Option("--report", help="Folder of a page with charts; shows all runs reported there."),
     ] = None,
     as_json: AsJson = False,
 ) -> None:
@@ -204,13 +240,19 @@ def evaluate(
 
     from ctxcompress.calibration import BUDGET_TEMPERATURE
     from ctxcompress.embedder import Embedder
-    from ctxcompress.evaluate.runner import EvaluationConfig
+    from ctxcompress.evaluate.report import add_run, write_report
+    from ctxcompress.evaluate.runner import EvaluationConfig, read_records
     from ctxcompress.evaluate.runner import evaluate as run
     from ctxcompress.tasks import read_task
 
     with _reported():
         questions = read_task(task, limit=limit, offset=offset)
-        dast = DASTConfig(prior=one_of("prior", prior, Prior))
+        dast = DASTConfig(
+            mode=one_of("dast mode", dast_mode, DASTMode),
+            alpha=alpha,
+            ppl_sign=one_of("ppl_sign", ppl_sign, Literal[-1, 1]),
+            prior=one_of("prior", prior, Prior),
+        )
         with _progress() as report:
             compressor = _loaded(report, model, calibration, seed, Embedder(embedder), dast, adapter)
             wanted = tuple(row.strip() for row in rows.split(",") if row.strip())
@@ -223,6 +265,7 @@ def evaluate(
                 rows=wanted,
                 ratio=ratio,
                 budget=budget,
+                ratio_scale=ratio_scale,
                 limit=limit,
                 offset=offset,
                 seed=seed,
@@ -242,9 +285,12 @@ def evaluate(
                     },
                 },
             )
-            results = run(
-                compressor, questions, config, output_folder or Path("ctxcompress-runs") / config.name, report
-            )
+            home = output_folder or Path("ctxcompress-runs") / config.name
+            results = run(compressor, questions, config, home, report)
+        if report_folder is not None:
+            add_run(report_folder, results, read_records(home))
+            page = write_report(report_folder)
+            errors.print(f"report: {page}", markup=False, highlight=False)
         if as_json:
             _print_json(results)
         else:
@@ -371,11 +417,16 @@ def calibrate(
     ),
     limit: Limit = 300,
     offset: Offset = 0,
+    mode: Annotated[str, typer.Option(help="What is read: text, or an adapter's soft tokens.")] = "text",
     model: Model = EMBEDDED,
+    adapter: Adapter = EMBEDDED,
     embedder: EmbedderName = EMBEDDED,
     as_json: AsJson = False,
 ) -> None:
-    """Find a model's retrieval heads on questions with known gold documents, and fit how much they count."""
+    """Find a model's retrieval heads on questions with known gold documents, and fit how much they count.
+
+    For soft mode write to ADAPTER/calibration.json: there it is looked for.
+    """
     from ctxcompress.calibration import calibrate as fit
     from ctxcompress.embedder import Embedder
     from ctxcompress.evaluate.signals import observe
@@ -384,10 +435,12 @@ def calibrate(
     with _reported():
         questions = read_task(task, limit=limit, offset=offset)
         with _progress() as report:
-            compressor = _loaded(report, model, None, 0, Embedder(embedder))
-            observations = list(observe(compressor, questions, report))
+            soft = one_of("mode", mode, _FixedMode) == "soft"
+            compressor = _loaded(report, model, None, 0, Embedder(embedder), adapter=adapter)
+            observations = list(observe(compressor, questions, report, soft=soft))
             provenance = {
                 "model": model,
+                "mode": mode,
                 "task": task.name,
                 "offset": offset,
                 "limit": limit,
@@ -409,6 +462,182 @@ def calibrate(
             )
             output.print(f"{len(fitted.heads)} heads from {len(observations)} questions -> {output_file}")
             output.print(f"gold document first on the same questions: {first}")
+
+
+@app.command("index")
+def index_folder(
+    folder: Annotated[Path, typer.Argument(help="Folder of .md and .txt files.")],
+    store: StoreFolder = None,
+    index: IndexFolder = None,
+    with_nll: Annotated[
+        bool, typer.Option("--nll", help="Also what DAST's paper and scaled modes weigh; one more pass.")
+    ] = False,
+    chunk_tokens: ChunkTokens = None,
+    model: Model = EMBEDDED,
+    adapter: Adapter = EMBEDDED,
+    embedder: EmbedderName = EMBEDDED,
+    as_json: AsJson = False,
+) -> None:
+    """Encode the passages of a folder ahead of all questions; what the store holds is not encoded again."""
+    from ctxcompress.embedder import Embedder
+    from ctxcompress.retrieval import FolderIndex
+
+    with _reported():
+        started = time.perf_counter()
+        with _progress() as report:
+            found = FolderIndex.open(folder, Embedder(embedder), index_folder=index, progress=report)
+            compressor = _loaded(
+                report,
+                model,
+                None,
+                0,
+                found.embedder,
+                None,
+                adapter,
+                _store(folder, index, store),
+                chunk_tokens,
+            )
+            texts = list(dict.fromkeys(passage.text for passage in found.passages))
+            encoded = compressor.index(texts, with_nll=with_nll, progress=report)
+        figures = {
+            "store": str(_store(folder, index, store)),
+            "passages": len(texts),
+            "encoded": encoded,
+            "seconds": time.perf_counter() - started,
+        }
+        if as_json:
+            _print_json(figures)
+        else:
+            done = f"{encoded} of {len(texts)} passages encoded in {figures['seconds']:.1f} s"
+            output.print(f"{done} -> {figures['store']}", markup=False, highlight=False)
+
+
+@bench_app.command("query")
+def bench_query(
+    documents: Annotated[str, typer.Option(help="Numbers of documents, separated by commas.")] = "10,40",
+    ratio: Annotated[float, typer.Option(help="Compression ratio of the soft rows.")] = 8.0,
+    tokens: Annotated[int, typer.Option(help="Tokens of each document.")] = 150,
+    repetitions: Annotated[int, typer.Option(help="Runs of each row; the table has their medians.")] = 5,
+    model: Model = EMBEDDED,
+    adapter: Adapter = EMBEDDED,
+    as_json: AsJson = False,
+) -> None:
+    """Time the first token: full text against soft tokens from the store, uniform and by DAST."""
+    from ctxcompress.evaluate.bench import bench_queries
+
+    with _reported():
+        counts = [int(count) for count in documents.split(",") if count.strip().isdecimal()]
+        if not counts or min(counts) < 1:
+            raise InputError(f"--documents must be numbers like 10,40, got {documents!r}")
+        with _progress() as report:
+            compressor = _loaded(report, model, None, 0, adapter=adapter)
+            rows = bench_queries(
+                compressor,
+                counts,
+                compression_ratio=ratio,
+                tokens=tokens,
+                repetitions=repetitions,
+                progress=report,
+            )
+        if as_json:
+            _print_json({"ratio": ratio, "repetitions": repetitions, "rows": rows})
+        else:
+            output.print(_bench_table(rows, ratio))
+
+
+def _bench_table(rows: list[dict[str, Any]], ratio: float) -> Table:
+    table = Table(title=f"seconds to the first token, medians; soft tokens at {ratio:g}x from the store")
+    for name in ("documents", "tokens", "full", "uniform", "dast", "dast's own", "dast sooner", "own / full"):
+        table.add_column(name, justify="right")
+    for row in rows:
+        table.add_row(
+            str(row["documents"]),
+            f"{row['tokens']:,}",
+            *(f"{row[f'seconds_{name}']:.3f}" for name in ("full", "uniform", "dast", "dast_own")),
+            f"{row['sooner_dast']:.1f}x",
+            f"{row['dast_own_of_full']:.1%}",
+        )
+    return table
+
+
+def _store(folder: Path, index: Path | None, store: Path | None) -> Path:
+    """Where soft tokens of a folder's passages are kept: beside the index, unless told otherwise."""
+    from ctxcompress.retrieval import INDEX_FOLDER
+
+    return store or (index or folder / INDEX_FOLDER) / "store"
+
+
+OfStore = Annotated[Path, typer.Argument(help="Folder of a store: the one with store.sqlite in it.")]
+
+
+@store_app.command("ls")
+def store_ls(folder: OfStore, as_json: AsJson = False) -> None:
+    """List what a store holds, by the compressor that encoded it; with --json every document."""
+    from ctxcompress.store import SoftTokenStore
+
+    with _reported():
+        with SoftTokenStore(folder, readonly=True) as store:
+            entries = store.entries()
+        compressors: dict[str, dict[str, int]] = {}
+        for entry in entries:
+            sums = compressors.setdefault(entry.fingerprint, {"entries": 0, "tokens": 0, "bytes": 0})
+            for name, value in (("entries", 1), ("tokens", entry.tokens), ("bytes", entry.bytes)):
+                sums[name] += value
+        if as_json:
+            _print_json(
+                {"compressors": compressors, "entries": [dataclasses.asdict(entry) for entry in entries]}
+            )
+            return
+        table = Table(title=str(folder))
+        table.add_column("compressor")
+        for name in ("entries", "tokens", "bytes"):
+            table.add_column(name, justify="right")
+        for fingerprint, sums in compressors.items():
+            table.add_row(fingerprint, *(f"{value:,}" for value in sums.values()))
+        output.print(table)
+
+
+@store_app.command("verify")
+def store_verify(folder: OfStore, as_json: AsJson = False) -> None:
+    """Read every document of a store; damaged ones are set aside and named, and the exit code is 1."""
+    from ctxcompress.store import SoftTokenStore
+
+    with _reported():
+        SoftTokenStore(folder, readonly=True).close()  # a folder without a store gets none
+        with SoftTokenStore(folder) as store, _progress() as report:
+            count = len(store)
+            damaged = store.verify(report)
+        if as_json:
+            _print_json({"entries": count, "damaged": damaged})
+        else:
+            output.print("\n".join([*damaged, f"{count} entries, {len(damaged)} damaged"]), markup=False)
+        if damaged:
+            raise typer.Exit(1)
+
+
+@store_app.command("gc")
+def store_gc(
+    folder: OfStore,
+    keep: Annotated[
+        list[str] | None, typer.Option(help="Compressor whose documents stay, again for more; default: all.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Free space: drop documents of other compressors, damaged ones and leftover files; merge small files."""
+    from ctxcompress.store import SoftTokenStore
+
+    with _reported():
+        SoftTokenStore(folder, readonly=True).close()
+        with SoftTokenStore(folder) as store:
+            figures = store.gc(keep=keep or None)
+        if as_json:
+            _print_json(dataclasses.asdict(figures))
+        else:
+            output.print(
+                f"{figures.removed} entries removed, "
+                f"{figures.bytes_before:,} -> {figures.bytes_after:,} bytes of documents",
+                highlight=False,
+            )
 
 
 def _version(asked: bool) -> None:
@@ -434,13 +663,22 @@ def _loaded(
     embedder: Embedder | None = None,
     dast: DASTConfig | None = None,
     adapter: str = EMBEDDED,
+    store: Path | None = None,
+    chunk_tokens: int | None = None,
 ) -> ContextCompressor:
     """The compressor a command works with."""
     report("loading the model", 0, 1)
     from ctxcompress.pipeline import ContextCompressor
 
     compressor = ContextCompressor.from_pretrained(
-        model, calibration=calibration, seed=seed, embedder=embedder, dast=dast, adapter=adapter
+        model,
+        calibration=calibration,
+        seed=seed,
+        embedder=embedder,
+        dast=dast,
+        adapter=adapter,
+        store=store,
+        chunk_tokens=chunk_tokens,
     )
     report("loading the model", 1, 1)
     return compressor

@@ -12,7 +12,7 @@ import regex
 from ctxcompress.errors import ConfigError, InputError
 
 Mode = Literal["auto", "text", "soft"]
-AllocatorName = Literal["dast", "uniform", "random", "bm25", "embedding"]
+AllocatorName = Literal["dast", "uniform", "random", "bm25", "embedding", "semi_dynamic", "dast+semi_dynamic"]
 DASTMode = Literal["repaired", "scaled", "paper"]
 Prior = Literal["retriever", "none"]
 Schedule = Literal["anchored", "reference"]
@@ -37,6 +37,8 @@ class DASTConfig:
             ones.
         temperature: of the softmax over documents, > 0; None takes the mode's own.
         prior: "retriever" adds the documents' scores as evidence when all have one; "none" ignores them.
+        window_share: in soft mode documents are read for scoring at the finest ratio at which they fill at
+            most this part of the model's window, in (0, 1]; the coarsest if none does.
     """
 
     mode: DASTMode = "repaired"
@@ -44,6 +46,7 @@ class DASTConfig:
     ppl_sign: Literal[-1, 1] = -1
     temperature: float | None = None
     prior: Prior = "retriever"
+    window_share: float = 0.03
 
     def __post_init__(self) -> None:
         one_of("dast mode", self.mode, DASTMode)
@@ -51,6 +54,10 @@ class DASTConfig:
         one_of("ppl_sign", self.ppl_sign, Literal[-1, 1])
         if not 0 <= self.alpha <= 1:
             raise ConfigError(f"alpha must be in [0, 1] (weight of attention against NLL), got {self.alpha}")
+        if not 0 < self.window_share <= 1:
+            raise ConfigError(
+                f"window_share must be in (0, 1] (a part of the window), got {self.window_share}"
+            )
         if self.temperature is not None and not self.temperature > 0:
             raise ConfigError(
                 f"temperature must be > 0, got {self.temperature}; leave it None for the mode's own"
@@ -190,17 +197,19 @@ def one_of(name: str, value: object, choices: Any) -> Any:
     return value
 
 
-def check_target(budget: object, compression_ratio: object) -> None:
-    """Refuse anything but exactly one of a token budget and a ratio, in its range.
+def check_target(budget: object, compression_ratio: object, ratio_scale: object = None) -> None:
+    """Refuse anything but exactly one of a token budget, a ratio, and a dial of predicted ratios.
 
     Raises:
-        ConfigError: both, neither, or a ratio that is not a finite number >= 1.
+        ConfigError: several, none, a ratio that is not a finite number >= 1, or a dial that is not finite.
         InputError: a budget that is not a whole number >= 1.
     """
-    if (budget is None) == (compression_ratio is None):
-        got = "neither" if budget is None else "both"
+    targets = {"budget": budget, "compression_ratio": compression_ratio, "ratio_scale": ratio_scale}
+    given = [name for name, value in targets.items() if value is not None]
+    if len(given) != 1:
         raise ConfigError(
-            f"give either budget (tokens) or compression_ratio (original / compressed), got {got}"
+            "give one of budget (tokens), compression_ratio (original / compressed) and, for semi_dynamic, "
+            f"ratio_scale (+1 doubles predicted ratios), got {' and '.join(given) or 'none'}"
         )
     if budget is not None:
         if not isinstance(budget, int) or isinstance(budget, bool) or budget < 1:
@@ -208,6 +217,9 @@ def check_target(budget: object, compression_ratio: object) -> None:
                 f"budget must be a whole number of tokens >= 1, got {budget!r}; to keep nothing, pass no "
                 "documents"
             )
+    elif ratio_scale is not None:
+        if not isinstance(ratio_scale, (int, float)) or not math.isfinite(ratio_scale):
+            raise ConfigError(f"ratio_scale must be a finite number, got {ratio_scale!r}")
     elif not isinstance(compression_ratio, (int, float)) or not 1 <= compression_ratio < math.inf:
         remedy = ""
         if isinstance(compression_ratio, float) and 0 < compression_ratio < 1:

@@ -25,9 +25,9 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig
 
-from ctxcompress.backbone import Backbone, batches
+from ctxcompress.backbone import Backbone, Ids, batches, splice
 from ctxcompress.errors import CheckpointError, ConfigError, InputError
-from ctxcompress.prompt import Ids, length, splice
+from ctxcompress.prompt import length
 from ctxcompress.types import SoftTokens
 
 Prompt = Sequence[Ids | SoftTokens]

@@ -21,6 +21,14 @@ class CheckpointError(CtxCompressError):
     """An adapter cannot be used: of another base or version, incomplete, edited, or holding NaN."""
 
 
+class StoreError(CtxCompressError):
+    """A store of encoded documents cannot be opened, read or written; what was acknowledged stays."""
+
+
+class StoreWarning(UserWarning):
+    """An entry of a store is damaged and counts as absent; encoding the document again mends it."""
+
+
 class MissingExtraError(CtxCompressError, ImportError):
     """An optional dependency is not installed; the message names the extra that brings it."""
 

@@ -1,4 +1,4 @@
-"""Others' checkpoints -> a compressor used like ours; any compressor -> a plain decoder for any engine.
+"""Any adapter by folder or hub name; others' checkpoints used like ours; any decoder exported for any engine.
 
     sdcc   semi-dynamic compression (arXiv 2603.25926): config.json, projector.pth, and encoder/ and decoder/,
            each a LoRA adapter or a whole model
@@ -14,20 +14,21 @@ from __future__ import annotations
 
 import copy
 import functools
-import glob
 import json
 import math
 import os
 import pickle
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
+from ctxcompress import checkpoint
 from ctxcompress.backbone import Backbone
+from ctxcompress.checkpoint import HubFolder
 from ctxcompress.config import SoftConfig
 from ctxcompress.errors import CheckpointError, ConfigError
 from ctxcompress.soft import DECODER, ENCODER, Converter, Features, SoftCompressor
@@ -69,15 +70,32 @@ _ADAPTER = {
     "converter.down.bias": "fc2.bias",
 }
 _TRAINED_TOKENS = 1300  # the longest context of the semi-dynamic authors' training
-_SUFFIXES = ("json", "safetensors", "pth", "txt", "jinja")
+_CONFIGS = ("config.json", "model_config.json")
+_THEIR_FILES = (
+    "README.md",
+    "projector.pth",
+    "adapter/*.safetensors",
+    *(
+        f"{folder}/*.{suffix}"
+        for folder in ("encoder", "decoder", "embed_model", "gen_model")
+        for suffix in ("json", "safetensors", "txt", "jinja")
+    ),
+)
 
 
 @dataclass(frozen=True, slots=True)
 class _Given:
-    """What the caller of `load_foreign` says about the bases, and how one is loaded."""
+    """What the caller says about the bases.
 
-    bases: Mapping[str, Base | None]
+    Attributes:
+        load: how a base is loaded by name.
+        bases: of a role, whatever the checkpoint says.
+        resident: what a decoder's adapter is put on; a whole decoder in the checkpoint replaces it.
+    """
+
     load: Callable[[str], Backbone]
+    bases: Mapping[str, Base | None]
+    resident: Backbone | None = None
 
 
 class ForeignCompressor(SoftCompressor):
@@ -139,6 +157,78 @@ class ForeignCompressor(SoftCompressor):
         pieces = super().pieces(tokens + len(self._before_end))
         return [(start, min(stop, tokens)) for start, stop in pieces]
 
+    def size(self, tokens: int, ratio: int) -> int:
+        """As the parent's, with all end tokens where they are pooled."""
+        return tokens if ratio == 1 else super().size(tokens + len(self._before_end), ratio)
+
+    def embedded(self, ids: Sequence[int], ratio: int) -> Tensor:
+        """As the parent's, with all end tokens where they are pooled."""
+        return super().embedded([*ids, *self._before_end], ratio)
+
+
+def resolve_adapter(adapter: str | os.PathLike[str]) -> Path:
+    """The folder of an adapter, ours or others': itself if it is local, else the hub's, in its cache.
+
+    From the hub the configuration comes first and decides what else does, all of the same commit: nothing of
+    what is no adapter, no code, and no pickle but projector.pth.
+
+    Args:
+        adapter: a folder, or `OWNER/REPOSITORY[@REVISION][/SUB/FOLDER]` of the hub; a `Path` is always local.
+
+    Raises:
+        CheckpointError: neither, out of reach, or no adapter.
+    """
+    if Path(adapter).is_dir():
+        return Path(adapter)
+    place = HubFolder.named(adapter)
+    snapshot = place.fetch(_CONFIGS)
+    theirs = is_foreign(snapshot / place.inside)
+    if theirs is None:
+        try:
+            checkpoint.describe(snapshot / place.inside)
+        except CheckpointError as error:
+            raise CheckpointError(
+                f"the hub's {str(place)!r} must be an adapter: {error}, and where a repository has several, "
+                "name one: OWNER/REPOSITORY/SUB/FOLDER"
+            ) from error
+    pinned = replace(place, revision=snapshot.name)
+    return pinned.fetch(_THEIR_FILES if theirs else ("README.md", *checkpoint.FILES)) / place.inside
+
+
+def load_adapter(base: Backbone, adapter: str | os.PathLike[str]) -> SoftCompressor:
+    """Load an adapter of any layout for the model that encodes documents and writes prompts.
+
+    Ours knows its base and accepts no other. Others record a path at most: that `base` is the right one shows
+    only in names, shapes and vocabulary. Their encoders, and decoders that are whole models, are loaded
+    beside `base`, on its device and in its dtype.
+
+    Args:
+        base: the model the adapter is for.
+        adapter: see `resolve_adapter`.
+
+    Raises:
+        CheckpointError: see `resolve_adapter`, `checkpoint.load` and `load_foreign`; or another vocabulary.
+        ModelError: a base model of others' cannot be loaded.
+    """
+    folder = resolve_adapter(adapter)
+    if is_foreign(folder) is None:
+        return checkpoint.load(base, folder)
+    compressor = _load(folder, _given(base.device, base.model.dtype, {}, base), None)
+    _check_vocabulary(base, compressor, folder)
+    return compressor
+
+
+def measured(folder: str | os.PathLike[str]) -> dict[str, dict[str, float]]:
+    """What the card of a local adapter measured, by ratio and mode; nothing if it is not one of ours.
+
+    Raises:
+        CheckpointError: no adapter is there.
+    """
+    found: dict[str, dict[str, float]] = (
+        {} if is_foreign(folder) else checkpoint.describe(Path(folder))["measured"]
+    )
+    return found
+
 
 def is_foreign(folder: str | os.PathLike[str]) -> Layout | None:
     """Whose layout a local folder has; None if it is neither of those `load_foreign` reads."""
@@ -166,7 +256,7 @@ def load_foreign(
     converter's norm removes that factor.
 
     Args:
-        folder: local, or `OWNER/REPOSITORY` of the hub, with `/SUB/FOLDER` if it is one of several there.
+        folder: see `resolve_adapter`.
         device: None takes CUDA if there is one, else the CPU.
         dtype: None takes bfloat16 where the processor computes in it, else float32.
         encoder: base model of the encoder, loaded or by name; None takes the one the checkpoint names.
@@ -181,28 +271,8 @@ def load_foreign(
         ConfigError: `end_tokens` that are no tokens, or given for LCLM.
         ModelError: a base model cannot be loaded.
     """
-    path = _fetched(folder)
-    layout = is_foreign(path)
-    if layout is None:
-        raise CheckpointError(
-            f"{path} must hold config.json with comp_ratio_or_len (semi-dynamic) or model_config.json with "
-            f"compression_ratio (LCLM), got neither; check the path, or name the sub-folder"
-        )
-    if layout == "lclm" and end_tokens is not None:
-        raise ConfigError("end_tokens are for semi-dynamic checkpoints, got an LCLM one; leave them out")
-    # Cached: where both roles have the same base, its weights are there once.
-    given = _Given(
-        {ENCODER: encoder, DECODER: decoder},
-        functools.cache(functools.partial(Backbone.from_pretrained, device=device, dtype=dtype)),
-    )
-    try:
-        compressor = _load_lclm(path, given) if layout == "lclm" else _load_sdcc(path, given, end_tokens)
-    except KeyError as error:
-        raise CheckpointError(
-            f"the configuration in {path} needs the key {error}, which is missing; copy the checkpoint again"
-        ) from error
-    compressor.finish()
-    return compressor
+    given = _given(device, dtype, {ENCODER: encoder, DECODER: decoder})
+    return _load(resolve_adapter(folder), given, end_tokens)
 
 
 def export_merged(compressor: SoftCompressor, folder: str | os.PathLike[str]) -> None:
@@ -223,6 +293,55 @@ def export_merged(compressor: SoftCompressor, folder: str | os.PathLike[str]) ->
         setattr(model.get_submodule(parent), child, _merged(module))
     model.save_pretrained(folder)
     decoder.tokenizer.save_pretrained(folder)
+
+
+def _given(
+    device: str | torch.device | None,
+    dtype: torch.dtype | None,
+    bases: Mapping[str, Base | None],
+    resident: Backbone | None = None,
+) -> _Given:
+    @functools.cache  # where both roles have the same base, its weights are there once
+    def load(name: str) -> Backbone:
+        if resident is not None and name == resident.name:
+            return resident
+        return Backbone.from_pretrained(name, device=device, dtype=dtype)
+
+    return _Given(load, bases, resident)
+
+
+def _load(path: Path, given: _Given, end_tokens: Sequence[int] | None) -> ForeignCompressor:
+    layout = is_foreign(path)
+    if layout is None:
+        raise CheckpointError(
+            f"{path} must hold config.json with comp_ratio_or_len (semi-dynamic) or model_config.json with "
+            f"compression_ratio (LCLM), got neither; check the path, or name the sub-folder"
+        )
+    if layout == "lclm" and end_tokens is not None:
+        raise ConfigError("end_tokens are for semi-dynamic checkpoints, got an LCLM one; leave them out")
+    try:
+        compressor = _load_lclm(path, given) if layout == "lclm" else _load_sdcc(path, given, end_tokens)
+    except KeyError as error:
+        raise CheckpointError(
+            f"the configuration in {path} needs the key {error}, which is missing; copy the checkpoint again"
+        ) from error
+    compressor.finish()
+    return compressor
+
+
+def _check_vocabulary(base: Backbone, compressor: ForeignCompressor, folder: Path) -> None:
+    """Documents and prompts come in the base's ids: the encoder reads the ones, the decoder the others."""
+    encoder, decoder = compressor.tokenizer, compressor.decoder.tokenizer
+    for role, wanted, got in (
+        # Documents have no control tokens, so the encoder need not know the template's.
+        (ENCODER, *(each.backend_tokenizer.get_vocab(False) for each in (base.tokenizer, encoder))),
+        (DECODER, *(each.get_vocab() for each in (base.tokenizer, decoder))),
+    ):
+        if not wanted.items() <= got.items():
+            raise CheckpointError(
+                f"the {role} of {folder} must read the tokens of {base.name!r}, which encodes documents and "
+                "prompts, got another vocabulary; load the model that the checkpoint was trained with"
+            )
 
 
 def _merged(adapted: Any) -> nn.Linear:
@@ -347,9 +466,23 @@ def _bases(homes: Mapping[str, Path], recorded: Mapping[str, str], given: _Given
     """The base model of each role: the caller's, a whole one in the checkpoint, or the recorded one."""
     bases = {}
     for role, home in homes.items():
-        source = given.bases[role] or _whole_model(home) or _base_name(recorded.get(role, ""), role)
+        name = recorded.get(role, "")
+        source = given.bases.get(role) or _whole_model(home)
+        if source is None and role == DECODER and given.resident is not None:
+            source = _checked_name(given.resident, name)
+        source = source or _base_name(name, role)
         bases[role] = source if isinstance(source, Backbone) else given.load(str(source))
     return bases
+
+
+def _checked_name(base: Backbone, recorded: str) -> Backbone:
+    """`base`, unless its name is that of another model than the recorded one, which shapes need not show."""
+    wanted, got = (name.rstrip("/").split("/")[-1] for name in (recorded, base.name))
+    if wanted != got and {wanted, got} <= _HUB_IDS.keys():
+        raise CheckpointError(
+            f"the adapter's decoder was trained on {_HUB_IDS[wanted]}, got {base.name!r}; load that model"
+        )
+    return base
 
 
 def _whole_model(home: Path) -> Path | None:
@@ -380,7 +513,7 @@ def _base_name(recorded: str, role: str) -> str:
         return recorded
     raise CheckpointError(
         f"the {role}'s base model was expected at {recorded!r}, got no such folder: checkpoints name it by "
-        f"its path where they were trained; pass {role}=, the name or folder of that model"
+        f"its path where they were trained; with load_foreign, pass {role}=, the name or folder of that model"
     )
 
 
@@ -540,28 +673,3 @@ def _keys(file: Path) -> set[str]:
         return set(_json(file))
     except CheckpointError:
         return set()
-
-
-def _fetched(folder: str | os.PathLike[str]) -> Path:
-    """`folder` if it is local, else the hub's, downloaded without pickles other than projector.pth."""
-    if Path(folder).is_dir():
-        return Path(folder)
-    name = os.fspath(folder)
-    parts = name.split("/")
-    if len(parts) < 2 or parts[0] in {"", ".", "..", "~"} or not all(parts):
-        raise CheckpointError(
-            f"a checkpoint folder, or OWNER/REPOSITORY[/SUB/FOLDER] of the hub, was expected, got {name!r}; "
-            "check the path"
-        )
-    from huggingface_hub import snapshot_download
-
-    inside = "/".join(parts[2:])
-    patterns = [f"{glob.escape(inside)}/*.{suffix}" if inside else f"*.{suffix}" for suffix in _SUFFIXES]
-    try:
-        fetched = Path(snapshot_download("/".join(parts[:2]), allow_patterns=patterns))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(
-            f"a checkpoint was expected in a local folder or on the hub, got {name!r}: {error}; check the "
-            "spelling and the connection"
-        ) from error
-    return fetched / inside

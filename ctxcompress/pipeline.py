@@ -6,12 +6,13 @@ A document shrinks to fewer words (text mode, any model) or to soft tokens (a mo
 from __future__ import annotations
 
 import asyncio
+import functools
 import math
 import os
 import threading
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any, Literal
 
@@ -28,13 +29,17 @@ from ctxcompress.decoder import LocalDecoder
 from ctxcompress.embedded import EMBEDDED
 from ctxcompress.embedder import Embedder
 from ctxcompress.errors import ConfigError, InputError
+from ctxcompress.foreign import load_adapter, measured, resolve_adapter
+from ctxcompress.indexing import Indexer, encoded_chunks
 from ctxcompress.methods.dac import DAC, Progress
 from ctxcompress.methods.dast import DAST, Worth
-from ctxcompress.pooling import windows
 from ctxcompress.prompt import question_prompt
+from ctxcompress.selector import fitted_scale, select_ratio
 from ctxcompress.soft import SoftCompressor
+from ctxcompress.store import SoftTokenStore, StoredDocument
 from ctxcompress.types import (
     Answer,
+    CompressedChunk,
     CompressedDocument,
     CompressionResult,
     Document,
@@ -57,7 +62,12 @@ class ContextCompressor:
         calibration: the model's retrieval heads; None takes the shipped ones or a default.
         embedder: for the `embedding` allocator.
         seed: of the `random` allocator.
-        adapter: folder of the model's soft-token adapter, read when it is first needed; None is text only.
+        adapter: the model's soft-token adapter, a folder or hub id (OWNER/REPO, with @REVISION or /FOLDER),
+            fetched and read when it is first needed; None is text only.
+        store: keeps what was encoded for soft mode, so that no document is encoded twice: a `SoftTokenStore`
+            or a folder for one; None keeps it in memory.
+        chunk_tokens: most tokens of a chunk, the unit that gets a ratio of its own in soft mode; None takes
+            256, or the encoder's window if that is less.
 
     Example:
         >>> compressor = ContextCompressor.from_pretrained("embedded")
@@ -76,6 +86,8 @@ class ContextCompressor:
         embedder: Embedder | None = None,
         seed: int = 0,
         adapter: str | os.PathLike[str] | None = None,
+        store: SoftTokenStore | str | os.PathLike[str] | None = None,
+        chunk_tokens: int | None = None,
     ) -> None:
         if dac is not None and not (dac.strict and dac.schedule == "anchored"):
             raise ConfigError(
@@ -86,9 +98,13 @@ class ContextCompressor:
         self.backbone = backbone
         self.embedder = embedder or Embedder()
         self.dast = DAST(backbone, dast, calibration)
+        self._store = store
         self._dac = DAC(backbone, dac)
+        self._dast_config = dast
+        self._calibration = calibration
+        self._chunk_tokens = chunk_tokens
         self._seed = seed
-        self._adapter = None if adapter is None else Path(adapter)
+        self._adapter = adapter
         self._loading = threading.Lock()
         self._soft: SoftCompressor | None = None
 
@@ -105,6 +121,8 @@ class ContextCompressor:
         embedder: Embedder | None = None,
         seed: int = 0,
         adapter: str | os.PathLike[str] | None = EMBEDDED,
+        store: SoftTokenStore | str | os.PathLike[str] | None = None,
+        chunk_tokens: int | None = None,
     ) -> ContextCompressor:
         """Load a compressor by the name of its model: "embedded", a local folder or a hub id.
 
@@ -117,8 +135,12 @@ class ContextCompressor:
             calibration: of the model, or the file it is in.
             embedder: for the `embedding` allocator.
             seed: of the `random` allocator.
-            adapter: folder of the model's soft-token adapter; "embedded" is the one that ships with the
-                embedded model; None is text only.
+            adapter: the model's soft-token adapter, a folder or hub id; "embedded" is the one that ships with
+                the embedded model; None is text only.
+            store: keeps what was encoded for soft mode: a `SoftTokenStore` or a folder for one; None keeps it
+                in memory.
+            chunk_tokens: most tokens of a chunk, the unit that gets a ratio of its own in soft mode; None
+                takes 256, or the encoder's window if that is less.
 
         Raises:
             ModelError: the model or the calibration cannot be loaded.
@@ -136,6 +158,8 @@ class ContextCompressor:
             embedder=embedder,
             seed=seed,
             adapter=adapter,
+            store=store,
+            chunk_tokens=chunk_tokens,
         )
 
     @property
@@ -146,15 +170,70 @@ class ContextCompressor:
             ConfigError: there is no adapter.
             CheckpointError: it cannot be used.
         """
+        with self._loading:
+            if self._soft is None:
+                self._soft = load_adapter(self.backbone, self._folder)
+        return self._soft
+
+    @functools.cached_property
+    def _folder(self) -> Path:
+        """The adapter's folder, fetched from the hub if it is an id.
+
+        Raises:
+            ConfigError: there is no adapter.
+            CheckpointError: it is neither there nor on the hub.
+        """
         if self._adapter is None:
             raise ConfigError(
                 f"mode 'soft' needs a soft-token adapter for {self.backbone.name!r}, got none; pass "
-                "adapter=FOLDER, train one with ctxcompress train, or use mode='text'"
+                "adapter=FOLDER or a hub id, train one with ctxcompress train, or use mode='text'"
             )
-        with self._loading:
-            if self._soft is None:
-                self._soft = checkpoint.load(self.backbone, self._adapter)
-        return self._soft
+        return resolve_adapter(self._adapter)
+
+    @functools.cached_property
+    def store(self) -> SoftTokenStore:
+        """Keeps what was encoded; a folder is opened when it is first needed.
+
+        Raises:
+            StoreError: the folder cannot be used.
+        """
+        return self._store if isinstance(self._store, SoftTokenStore) else SoftTokenStore(self._store)
+
+    @functools.cached_property
+    def soft_dast(self) -> DAST:
+        """DAST's scores read off soft tokens, by the adapter's decoder at the heads its calibration names."""
+        calibration = self._calibration or checkpoint.calibration(self._folder) or self.dast.calibration
+        return DAST(self.soft.decoder, self._dast_config, calibration, as_asked=True)
+
+    @property
+    def indexer(self) -> Indexer:
+        """Encodes documents into the store."""
+        return Indexer(self.backbone, self.soft, self.store, self._chunk_tokens)
+
+    def index(
+        self,
+        documents: Iterable[Document | str | Mapping[str, Any]],
+        *,
+        with_nll: bool = False,
+        progress: Progress | None = None,
+    ) -> int:
+        """Encode documents into the store ahead of all questions.
+
+        Args:
+            documents: as for `compress`; those the store holds are not encoded again.
+            with_nll: also the NLL of chunks, which DAST's modes "paper" and "scaled" weigh.
+            progress: told about encoding.
+
+        Returns:
+            Number of documents that were encoded.
+        """
+        texts = [document.text for document in as_documents(documents)]
+        indexer = self.indexer
+        missing = self.store.missing(list({indexer.key(text) for text in texts}))
+        indexer.read(
+            texts, [self.backbone.encode(text) for text in texts], with_nll=with_nll, progress=progress
+        )
+        return len(missing)
 
     def compress(
         self,
@@ -163,6 +242,7 @@ class ContextCompressor:
         *,
         budget: int | None = None,
         compression_ratio: float | None = None,
+        ratio_scale: float | None = None,
         mode: Mode = "auto",
         allocator: AllocatorName = "dast",
         allow_drop: bool = False,
@@ -174,12 +254,15 @@ class ContextCompressor:
         Args:
             documents: `Document`s, strings, or mappings with the fields of `Document`; never changed.
             query: the question; the allocators `dast`, `bm25` and `embedding` need one.
-            budget: most tokens of all documents together, > 0. Give this or `compression_ratio`.
+            budget: most tokens of all documents together, > 0. Give this, a ratio or a scale.
             compression_ratio: original tokens / compressed tokens, >= 1; of very short documents a token each
-                is left, and a document's last, partly filled soft token counts as one.
+                is left, and a chunk's last, partly filled soft token counts as one.
+            ratio_scale: for `semi_dynamic`: what to add to every predicted log2 ratio; +1 asks for twice the
+                compression. With a budget the scale is found that just fits.
             mode: "text" prunes words; "soft" makes soft tokens, which needs an adapter; "auto" takes what the
                 adapter's card measured as better at the asked ratio, and "text" without an adapter.
-            allocator: who decides each document's part: dast, uniform, random, bm25, embedding.
+            allocator: who decides each document's part: dast, uniform, random, bm25, embedding; in soft mode
+                also semi_dynamic and dast+semi_dynamic.
             allow_drop: let worthless documents lose all their tokens; otherwise each keeps a few.
             protected: per document id, character ranges that stay.
             progress: told about work under way: (name, done, total).
@@ -193,43 +276,38 @@ class ContextCompressor:
         """
         one_of("mode", mode, Mode)
         one_of("allocator", allocator, AllocatorName)
+        check_target(budget, compression_ratio, ratio_scale)
         read = as_documents(documents)
         protected = protected or {}
         _check_protected(read, protected)
+        if ratio_scale is not None and "semi_dynamic" not in allocator:
+            raise ConfigError(
+                f"ratio_scale turns the dial of semi_dynamic, got allocator {allocator!r}; pass budget or "
+                "compression_ratio, or allocator='semi_dynamic'"
+            )
         encodings = [self.backbone.encode(document.text) for document in read]
         before = [len(encoding.ids) for encoding in encodings]
-        check_target(budget, compression_ratio)
+        if mode == "auto" and "semi_dynamic" in allocator:
+            mode = "soft"
         mode = self._mode("text" if protected and mode == "auto" else mode, budget, compression_ratio, before)
         if protected and mode == "soft":
             raise InputError(
                 "protected spans need text mode, soft tokens keep no words apart; use mode='text'"
             )
-        budget = _total(budget, compression_ratio, before, allow_drop, mode)
-        weigher = self._allocator(allocator)
+        weigher = self._allocator(allocator, mode)
         query = _query(query, allocator if read and weigher.needs_query else None)
+        if mode == "soft":
+            shrink = _SoftShrink(self, weigher, budget, compression_ratio, ratio_scale, allow_drop, progress)
+            return shrink.run(read, encodings, query, allocator)
+        budget = _total(budget, compression_ratio, before, allow_drop)
         started = time.perf_counter()
-        worth = None if sum(before) <= budget else _weighed(weigher, read, encodings, query, progress)
+        worth = None
+        if sum(before) > budget:
+            worth = _weighed(weigher, _requested(read, encodings, query), progress)
         scored = time.perf_counter()
-        if worth is None:
-            counts = before
-            short = [_Short.whole(document, tokens) for document, tokens in zip(read, before, strict=True)]
-        elif mode == "soft":
-            counts = self._soft_counts(worth.shares_N, before, budget, allow_drop)
-            short = self._softened(read, encodings, counts, progress)
-        else:
-            minimum_N = self._minimum(read, before, budget, allow_drop, protected)
-            counts = largest_remainder(
-                worth.shares_N, budget, minimum_N=minimum_N, capacity_N=torch.tensor(before)
-            ).tolist()
-            pruned = self._dac.prune(
-                [document.text for document in read],
-                counts,
-                protected=[protected.get(document.id, ()) for document in read],
-                progress=progress,
-            )
-            short = [_Short(each.text, each.tokens, each.spans) for each in pruned]
+        pruned = self._pruned(read, before, worth, budget, allow_drop, protected, progress)
         return CompressionResult(
-            documents=_compressed(read, before, counts, worth, short),
+            documents=pruned,
             query=query,
             mode=mode,
             allocator=allocator,
@@ -248,7 +326,7 @@ class ContextCompressor:
         return await asyncio.to_thread(self.compress, documents, query, **settings)
 
     def answer(
-        self, result: CompressionResult, *, max_new_tokens: int = 64, order: Order = "share"
+        self, result: CompressionResult, *, max_new_tokens: int = 64, order: Order = "score"
     ) -> Answer:
         """Answer the result's query from its compressed documents with the compressor's own model.
 
@@ -261,9 +339,10 @@ class ContextCompressor:
             InputError: the result has no query, or its documents do not fit the model's window.
         """
         query = _query(result.query, "answer")
-        decoder = self.decoder(adapted=any(document.soft is not None for document in result.documents))
+        parts = result.parts(order)
+        decoder = self.decoder(adapted=any(not isinstance(part, str) for own in parts for part in own))
         started = time.perf_counter()
-        prompt = question_prompt(self.backbone, query, result.parts(order))
+        prompt = question_prompt(self.backbone, query, parts)
         completion = decoder.generate(prompt, max_new_tokens=max_new_tokens)
         seconds = {**result.seconds, "decode": time.perf_counter() - started}
         return Answer(
@@ -284,58 +363,60 @@ class ContextCompressor:
             return "soft"
         if mode == "text" or self._adapter is None:
             return "text"
-        measured: dict[str, dict[str, float]] = checkpoint.describe(self._adapter)["measured"]
-        if not measured:
+        found = measured(self._folder)
+        if not found:
             return "text"
         wish = math.log2(max(compression_ratio or sum(before) / (budget or 1), 1.0))
-        nearest = min(measured, key=lambda ratio: abs(math.log2(float(ratio)) - wish))
-        return "soft" if measured[nearest]["soft"] > measured[nearest]["text"] else "text"
+        nearest = min(found, key=lambda ratio: abs(math.log2(float(ratio)) - wish))
+        return "soft" if found[nearest]["soft"] > found[nearest]["text"] else "text"
 
-    def _soft_counts(
-        self, shares_N: Tensor, before: Sequence[int], budget: int, allow_drop: bool
-    ) -> list[int]:
-        """Soft tokens of each document: DAST's Algorithm 1 onto the ratio set, with 1 for raw text."""
-        ratios = (1, *self.soft.config.ratio_set)
-        drop = [0] if allow_drop else []
-        sizes = [[*drop, *(windows(tokens, ratio) for ratio in ratios)] for tokens in before]
-        return [int(count) for count in reallocate(shares_N, budget, sizes)[0]]
+    def _allocator(self, name: AllocatorName, mode: Literal["text", "soft"]) -> Allocator:
+        soft = self.soft if mode == "soft" else None
+        dast = self.soft_dast if mode == "soft" else self.dast
+        return make_allocator(name, dast=dast, embedder=self.embedder, seed=self._seed, soft=soft)
 
-    def _softened(
+    def _pruned(
         self,
         documents: Sequence[Document],
-        encodings: Sequence[Encoding],
-        counts: Sequence[int],
+        before: Sequence[int],
+        worth: Worth | None,
+        budget: int,
+        allow_drop: bool,
+        protected: Mapping[str, Sequence[Span]],
         progress: Progress | None,
-    ) -> list[_Short]:
-        """Every document at its number of soft tokens; all of its tokens means raw text."""
-        if progress is not None:
-            progress("encoding", 0, 1)
-        places = [
-            place
-            for place, (count, encoding) in enumerate(zip(counts, encodings, strict=True))
-            if 0 < count < len(encoding.ids)
-        ]
-        ratios = {
-            place: next(
-                ratio
-                for ratio in self.soft.config.ratio_set
-                if windows(len(encodings[place].ids), ratio) == counts[place]
-            )
-            for place in places
-        }
-        soft = self.soft.soften(
-            [encodings[place].ids for place in places], [ratios[place] for place in places]
+    ) -> tuple[CompressedDocument, ...]:
+        """Text mode: every document with the words its part of the budget can hold."""
+        if worth is None:
+            return _whole(documents, before)
+        minimum_N = self._minimum(documents, before, budget, allow_drop, protected)
+        counts = largest_remainder(
+            worth.shares_N, budget, minimum_N=minimum_N, capacity_N=torch.tensor(before)
+        ).tolist()
+        pruned = self._dac.prune(
+            [document.text for document in documents],
+            counts,
+            protected=[protected.get(document.id, ()) for document in documents],
+            progress=progress,
         )
-        by_place = dict(zip(places, soft, strict=True))
-        if progress is not None:
-            progress("encoding", 1, 1)
-        return [
-            _Short.whole(document, count, by_place.get(place))
-            for place, (document, count) in enumerate(zip(documents, counts, strict=True))
-        ]
-
-    def _allocator(self, name: AllocatorName) -> Allocator:
-        return make_allocator(name, dast=self.dast, embedder=self.embedder, seed=self._seed)
+        ranks = _ranks(worth.shares_N)
+        return tuple(
+            CompressedDocument(
+                id=document.id,
+                text=short.text,
+                original=document.text,
+                metadata=document.metadata,
+                score=document.score,
+                share=share,
+                rank=rank,
+                budget=count,
+                tokens_before=tokens,
+                tokens_after=short.tokens,
+                kept_spans=short.spans,
+            )
+            for document, tokens, count, share, rank, short in zip(
+                documents, before, counts, worth.shares_N.tolist(), ranks, pruned, strict=True
+            )
+        )
 
     def _minimum(
         self,
@@ -366,97 +447,264 @@ class ContextCompressor:
         return minimum_N
 
 
-@dataclass(frozen=True, slots=True)
-class _Short:
-    """What is left of a document."""
+class _SoftShrink:
+    """Soft mode: chunks, their worth, a ratio for each, soft tokens."""
 
-    text: str
-    tokens: int
-    spans: tuple[Span, ...]
-    soft: SoftTokens | None = None
+    def __init__(
+        self,
+        compressor: ContextCompressor,
+        weigher: Allocator,
+        budget: int | None,
+        compression_ratio: float | None,
+        ratio_scale: float | None,
+        allow_drop: bool,
+        progress: Progress | None,
+    ) -> None:
+        self._compressor = compressor
+        self._soft = compressor.soft
+        self._ratios = (1, *self._soft.config.ratio_set)
+        self._weigher = weigher
+        self._budget = budget
+        self._compression_ratio = compression_ratio
+        self._ratio_scale = ratio_scale
+        self._allow_drop = allow_drop
+        self._progress = progress
 
-    @classmethod
-    def whole(cls, document: Document, tokens: int, soft: SoftTokens | None = None) -> _Short:
-        """All of its text, or nothing if no token is left for it."""
-        text = document.text if tokens or not document.text.strip() else ""
-        return cls(text, tokens, ((0, len(text)),) if text else (), soft)
+    def run(
+        self, documents: Sequence[Document], encodings: Sequence[Encoding], query: str, allocator: str
+    ) -> CompressionResult:
+        """Encode what the store lacks, weigh chunks, choose their ratios, and make soft tokens."""
+        started = time.perf_counter()
+        before = [len(encoding.ids) for encoding in encodings]
+        fits = (self._budget is not None and sum(before) <= self._budget) or self._compression_ratio == 1
+        stored = (
+            []
+            if fits
+            else self._compressor.indexer.read(
+                [document.text for document in documents],
+                encodings,
+                with_nll=self._weigher.needs_nll,
+                progress=self._progress,
+            )
+        )
+        encoded = time.perf_counter()
+        request = _chunk_request(documents, stored, self._soft, query)
+        worth = _weighed(self._weigher, request, self._progress) if request.ids else None
+        scored = time.perf_counter()
+        budget, scale, sizes = self._sizes(worth, list(map(len, request.ids)), sum(before))
+        shrunk = self._shrunk(request, sizes)
+        made = _chunked(documents, before, stored, worth, shrunk) if worth else _whole(documents, before)
+        return CompressionResult(
+            documents=made,
+            query=query,
+            mode="soft",
+            allocator=allocator,
+            budget=budget,
+            prior=worth.prior if worth else "none",
+            ratio_scale=scale,
+            seconds={
+                "encode": encoded - started,
+                "score": scored - encoded,
+                "compress": time.perf_counter() - scored,
+            },
+        )
+
+    def _sizes(
+        self, worth: Worth | None, tokens: Sequence[int], before: int
+    ) -> tuple[int, float | None, list[int]]:
+        """The budget, the dial if ratios were asked for, and soft tokens of each chunk."""
+        if self._ratio_scale is not None:
+            wishes = [] if worth is None else _wishes(worth)
+            chosen = [select_ratio(wish, self._ratios, ratio_scale=self._ratio_scale) for wish in wishes]
+            sizes = [self._soft.size(n, one.value) for n, one in zip(tokens, chosen, strict=True)]
+            return max(sum(sizes), 1), self._ratio_scale, sizes
+        budget = self._budget
+        if budget is None:
+            ratio = self._compression_ratio or 1.0
+            budget = sum(math.ceil(count / ratio) for count in tokens) if tokens else max(before, 1)
+        if worth is None:
+            return budget, None, []
+        if worth.log2_ratios_N is not None:
+            return budget, *self._fitted(worth, tokens, budget)
+        drop = [0] if self._allow_drop else []
+        legal = [[*drop, *(self._soft.size(count, ratio) for ratio in self._ratios)] for count in tokens]
+        return budget, None, [int(size) for size in reallocate(worth.shares_N, budget, legal)[0]]
+
+    def _fitted(self, worth: Worth, tokens: Sequence[int], budget: int) -> tuple[float, list[int]]:
+        """The gentlest dial that fits; if none does, chunks worth least are dropped first where allowed."""
+        kept = list(range(len(tokens)))
+        least = [self._soft.size(count, self._ratios[-1]) for count in tokens]
+        if self._allow_drop:
+            by_share = worth.shares_N.sort(stable=True).indices.tolist()
+            while sum(least[place] for place in kept) > budget:
+                kept.remove(by_share.pop(0))
+        wishes = _wishes(worth)
+        scale, chosen = fitted_scale(
+            [wishes[place] for place in kept],
+            [tokens[place] for place in kept],
+            self._ratios,
+            budget,
+            size=self._soft.size,
+        )
+        sizes = [0] * len(tokens)
+        for place, one in zip(kept, chosen, strict=True):
+            sizes[place] = self._soft.size(tokens[place], one.value)
+        return scale, sizes
+
+    def _shrunk(self, request: Request, sizes: Sequence[int]) -> list[tuple[int, SoftTokens | None]]:
+        """Size and soft tokens of each chunk; none where all of its tokens stay, or none does."""
+        places = [place for place, ids in enumerate(request.ids) if 0 < sizes[place] < len(ids)]
+        ratios = [
+            next(
+                ratio
+                for ratio in self._soft.config.ratio_set
+                if self._soft.size(len(request.ids[place]), ratio) == sizes[place]
+            )
+            for place in places
+        ]
+        made = self._soft.soften(
+            [request.ids[place] for place in places], ratios, [request.encoded[place] for place in places]
+        )
+        soft = dict(zip(places, made, strict=True))
+        return [(size, soft.get(place)) for place, size in enumerate(sizes)]
 
 
-def _weighed(
-    weigher: Allocator,
+def _wishes(worth: Worth) -> list[float]:
+    return [] if worth.log2_ratios_N is None else worth.log2_ratios_N.tolist()
+
+
+def _requested(documents: Sequence[Document], encodings: Sequence[Encoding], query: str) -> Request:
+    return Request(
+        [document.text for document in documents],
+        [encoding.ids for encoding in encodings],
+        [document.score for document in documents],
+        query,
+    )
+
+
+def _chunk_request(
     documents: Sequence[Document],
-    encodings: Sequence[Encoding],
+    stored: Sequence[StoredDocument],
+    soft: SoftCompressor,
     query: str,
-    progress: Progress | None,
-) -> Worth:
-    """Shares of all documents; those without tokens take no part and get none."""
+) -> Request:
+    texts: list[str] = []
+    ids: list[tuple[int, ...]] = []
+    retrieved: list[float | None] = []
+    nll: list[float] = []
+    # Nothing is stored when everything fits the budget.
+    for document, own in zip(documents, stored, strict=False):
+        tokens = own.ids_T.tolist()
+        ends = accumulate((chunk.tokens for chunk in own.chunks), initial=0)
+        ids += [tuple(tokens[start:stop]) for start, stop in pairwise(ends)]
+        texts += [document.text[slice(*chunk.span)] for chunk in own.chunks]
+        retrieved += [document.score] * len(own.chunks)
+        nll += [chunk.nll for chunk in own.chunks]
+    encoded = [chunk for own in stored for chunk in encoded_chunks(own, soft)]
+    return Request(texts, ids, retrieved, query, encoded, torch.tensor(nll, dtype=torch.float64))
+
+
+def _weighed(weigher: Allocator, request: Request, progress: Progress | None) -> Worth:
+    """Shares of all units; those without tokens take no part and get none."""
     if progress is not None:
         progress("scoring", 0, 1)
-    present = [place for place, encoding in enumerate(encodings) if encoding.ids]
-    request = Request(
-        [documents[place] for place in present], [encodings[place].ids for place in present], query
-    )
-    worth = weigher.worth(request)
-    shares_N = torch.zeros(len(documents), dtype=torch.float64)
+    present = [place for place, ids in enumerate(request.ids) if ids]
+    asked = request
+    if len(present) < len(request.ids):
+        asked = Request(
+            [request.texts[place] for place in present],
+            [request.ids[place] for place in present],
+            [request.retrieved[place] for place in present],
+            request.query,
+        )
+    worth = weigher.worth(asked)
+    shares_N = torch.zeros(len(request.ids), dtype=torch.float64)
     shares_N[present] = worth.shares_N.double()
     if progress is not None:
         progress("scoring", 1, 1)
-    return Worth(shares_N, worth.prior)
+    return Worth(shares_N, worth.prior, worth.log2_ratios_N)
 
 
-def _compressed(
-    documents: Sequence[Document],
-    before: Sequence[int],
-    counts: Sequence[int],
-    worth: Worth | None,
-    shortened: Sequence[_Short],
-) -> tuple[CompressedDocument, ...]:
-    shares = worth.shares_N.tolist() if worth else [None] * len(documents)
-    ranks: list[int | None] = [None] * len(documents)
-    if worth:
-        for rank, place in enumerate(
-            worth.shares_N.sort(descending=True, stable=True).indices.tolist(), start=1
-        ):
-            ranks[place] = rank
+def _ranks(shares_N: Tensor) -> list[int]:
+    """Place of every document by share, 1 = most; equal shares in their order."""
+    ranks = [0] * len(shares_N)
+    for rank, place in enumerate(shares_N.sort(descending=True, stable=True).indices.tolist(), start=1):
+        ranks[place] = rank
+    return ranks
+
+
+def _whole(documents: Sequence[Document], before: Sequence[int]) -> tuple[CompressedDocument, ...]:
+    """All documents as they are: nothing had to be weighed."""
     return tuple(
         CompressedDocument(
             id=document.id,
-            text=short.text,
+            text=document.text,
             original=document.text,
             metadata=document.metadata,
             score=document.score,
-            share=share,
-            rank=rank,
-            budget=count,
+            share=None,
+            rank=None,
+            budget=tokens,
             tokens_before=tokens,
-            tokens_after=short.tokens,
-            kept_spans=short.spans,
-            soft=short.soft,
+            tokens_after=tokens,
+            kept_spans=((0, len(document.text)),) if document.text else (),
         )
-        for document, tokens, count, share, rank, short in zip(
-            documents, before, counts, shares, ranks, shortened, strict=True
-        )
+        for document, tokens in zip(documents, before, strict=True)
     )
 
 
-def _total(
-    budget: int | None,
-    compression_ratio: float | None,
+def _chunked(
+    documents: Sequence[Document],
     before: Sequence[int],
-    allow_drop: bool,
-    mode: Literal["text", "soft"],
-) -> int:
-    """Tokens to stay within.
+    stored: Sequence[StoredDocument],
+    worth: Worth,
+    shrunk: Sequence[tuple[int, SoftTokens | None]],
+) -> tuple[CompressedDocument, ...]:
+    """Soft mode: documents with their chunks; a document's budget and share are the sums of its chunks'."""
+    shares = iter(worth.shares_N.tolist())
+    left = iter(shrunk)
+    chunks = [
+        [
+            CompressedChunk(chunk.span, chunk.tokens, size, share, soft)
+            for chunk, (size, soft), share in zip(own.chunks, left, shares, strict=False)
+        ]
+        for own in stored
+    ]
+    totals = torch.tensor([sum(chunk.share or 0.0 for chunk in own) for own in chunks], dtype=torch.float64)
+    made = []
+    for document, tokens, own, share, rank in zip(
+        documents, before, chunks, totals.tolist(), _ranks(totals), strict=True
+    ):
+        spans = [chunk.span for chunk in own if chunk.tokens_after]
+        kept = ((0, len(document.text)),) if document.text and len(spans) == len(own) else tuple(spans)
+        after = sum(chunk.tokens_after for chunk in own)
+        made.append(
+            CompressedDocument(
+                id=document.id,
+                text="".join(document.text[start:stop] for start, stop in kept),
+                original=document.text,
+                metadata=document.metadata,
+                score=document.score,
+                share=share,
+                rank=rank,
+                budget=after,
+                tokens_before=tokens,
+                tokens_after=after,
+                kept_spans=kept,
+                chunks=tuple(own),
+            )
+        )
+    return tuple(made)
 
-    A ratio never asks for less than a token for each document that must stay, nor for part of a soft token.
-    """
+
+def _total(
+    budget: int | None, compression_ratio: float | None, before: Sequence[int], allow_drop: bool
+) -> int:
+    """Tokens to stay within in text mode; a ratio leaves at least one for each document that stays."""
     if budget is not None:
         return budget
-    ratio = compression_ratio or 1.0
-    if mode == "soft":
-        return sum(math.ceil(tokens / ratio) for tokens in before)
     present = sum(1 for tokens in before if tokens)
-    return max(int(sum(before) / ratio), min(present, 1) if allow_drop else present)
+    return max(int(sum(before) / (compression_ratio or 1.0)), min(present, 1) if allow_drop else present)
 
 
 def _query(query: str | None, needed_by: str | None) -> str:

@@ -1,9 +1,7 @@
-"""Documents and a question -> segments in the model's chat template, applied exactly once -> embeddings.
+"""Documents and a question -> segments in the model's chat template, applied exactly once.
 
 A segment is token ids, or whatever stands for a document: soft tokens, or a place to be filled in training.
 Control tokens come from the template only: what documents or questions contain is encoded as plain text.
-
-Shapes: B batch, T tokens, D hidden.
 """
 
 from __future__ import annotations
@@ -11,13 +9,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, TypeVar
 
-import torch
-from torch import Tensor
-
-from ctxcompress.backbone import Backbone
+from ctxcompress.backbone import Backbone, Ids
 
 Soft = TypeVar("Soft")
-Ids = tuple[int, ...]
 
 _CONTENT = "<content-8f1d4c02>"
 QUESTION = "Question: {query}\nGive a short answer."
@@ -28,18 +22,36 @@ CONTINUE = "\n\nContinue the text above."
 BETWEEN = "\n\n"
 
 
-def question_prompt(backbone: Backbone, query: str, documents: Sequence[str | Soft] = ()) -> list[Ids | Soft]:
-    """Segments of a chat turn that asks `query` about `documents`; empty documents are left out."""
-    present = [document for document in documents if document != ""]
+def question_prompt(
+    backbone: Backbone, query: str, documents: Sequence[Sequence[str | Soft]] = ()
+) -> list[Ids | Soft]:
+    """Segments of a chat turn that asks `query` about `documents`; empty documents are left out.
+
+    Args:
+        backbone: its tokenizer and template.
+        query: the question.
+        documents: of each its text, or texts and what stands for text, which follow each other without a gap.
+    """
+    present = [document for document in documents if len(document)]
     if not present:
         return chat_prompt(backbone, [QUESTION.replace("{query}", query)])
     before, after = QUESTION_ABOUT
     return chat_prompt(backbone, [before, *between(present), after.replace("{query}", query)])
 
 
-def between(documents: Sequence[str | Soft]) -> list[str | Soft]:
-    """The documents with a blank line between neighbours."""
-    return [part for document in documents for part in (BETWEEN, document)][1:]
+def around_documents(backbone: Backbone, query: str) -> tuple[Ids, Ids]:
+    """Token ids of `question_prompt` before the first document, and after the last and a blank line."""
+    documents: Any = object()
+    parts: list[Any] = chat_prompt(
+        backbone, [QUESTION_ABOUT[0], documents, NEXT_QUESTION.replace("{query}", query)]
+    )
+    head, _, tail = parts
+    return head, tail
+
+
+def between(documents: Sequence[Sequence[str | Soft]]) -> list[str | Soft]:
+    """The parts of all documents, with a blank line between neighbouring documents."""
+    return [part for document in documents for part in (BETWEEN, *document)][1:]
 
 
 def chat_prompt(backbone: Backbone, content: Sequence[str | Soft]) -> list[Ids | Soft]:
@@ -77,25 +89,6 @@ def follow_up(backbone: Backbone, content: str) -> Ids | None:
 def length(segments: Sequence[Any]) -> int:
     """Tokens, raw and soft, of a prompt."""
     return sum(len(segment) for segment in segments)
-
-
-def splice(segments: Sequence[Ids | Tensor], embed: torch.nn.Embedding) -> Tensor:
-    """(T, D) input embeddings of a prompt: looked up for token ids, taken as they are for soft tokens.
-
-    Args:
-        segments: token ids, or (M, D) embeddings.
-        embed: the decoder's input embedding.
-    """
-    table = embed.weight
-    return torch.cat(
-        [
-            segment.to(table)
-            if isinstance(segment, Tensor)
-            else embed(torch.tensor(segment, device=table.device))
-            for segment in segments
-            if len(segment)
-        ]
-    )
 
 
 def _encoded(backbone: Backbone, content: Sequence[str | Soft]) -> list[Ids | Soft]:

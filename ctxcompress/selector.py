@@ -7,11 +7,14 @@ not with a continuum, so the prediction is quantised.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from ctxcompress.config import RatioSpace
 from ctxcompress.errors import InputError
+from ctxcompress.pooling import windows
+
+BISECTIONS = 30  # the dial to a billionth of its range: no two wishes lie closer
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +89,64 @@ def select_length(
     """
     fitting = [length for length in length_set if length <= tokens] or sorted(length_set)[:1]
     return _nearest(tokens / _wish(log2_ratio, ratio_scale), fitting, space, larger=True)
+
+
+def fitted_scale(
+    log2_ratios: Sequence[float],
+    tokens: Sequence[int],
+    ratio_set: Sequence[int],
+    budget: int,
+    *,
+    space: RatioSpace = "log",
+    size: Callable[[int, int], int] = windows,
+) -> tuple[float, list[Selection]]:
+    """The gentlest dial at which all texts together fit the budget, and what each selects there.
+
+    Found by bisection on the predictions, which needs no model: turning the dial up never keeps more.
+
+    Args:
+        log2_ratios: prediction of the ratio head for each text.
+        tokens: of each text.
+        ratio_set: legal ratios.
+        budget: most soft tokens together.
+        space: see `select_ratio`.
+        size: soft tokens of a text of n tokens at a ratio.
+
+    Returns:
+        `ratio_scale` and the selection of each text.
+
+    Raises:
+        InputError: even the largest ratio exceeds the budget; says the least that works.
+
+    Example:
+        >>> scale, chosen = fitted_scale([1.0, 3.0], [64, 64], (2, 4, 8, 16, 32), 20)  # 4x and 16x: 16 + 4
+        >>> round(scale, 2), [selection.value for selection in chosen]
+        (0.5, [4, 16])
+    """
+    least = sum(size(count, max(ratio_set)) for count in tokens)
+    if budget < least:
+        raise InputError(
+            f"budget must be >= {least} tokens, {len(tokens)} texts at the largest ratio {max(ratio_set)}, "
+            f"got {budget}; raise it, pass fewer documents, or allow dropping some (allow_drop=True)"
+        )
+
+    def selected(scale: float) -> list[Selection]:
+        return [
+            select_ratio(log2_ratio, ratio_set, ratio_scale=scale, space=space) for log2_ratio in log2_ratios
+        ]
+
+    def total(scale: float) -> int:
+        chosen = selected(scale)
+        return sum(size(count, one.value) for count, one in zip(tokens, chosen, strict=True))
+
+    reach = math.log2(max(ratio_set)) + max(map(abs, log2_ratios), default=0.0) + 1.0
+    gentle, strong = -reach, reach
+    if total(gentle) <= budget:
+        return gentle, selected(gentle)
+    for _ in range(BISECTIONS):
+        middle = (gentle + strong) / 2
+        gentle, strong = (gentle, middle) if total(middle) <= budget else (middle, strong)
+    return strong, selected(strong)
 
 
 def _wish(log2_ratio: float, ratio_scale: float) -> float:

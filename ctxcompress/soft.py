@@ -236,19 +236,31 @@ class SoftCompressor(nn.Module):
                 done[piece] = Features(*(part[row, :count].clone() for part in parts)), float(log2_B[row])
         return [self._joined(text, ids, ratio, done) for text, ids in enumerate(texts)]
 
-    def soften(self, texts: Sequence[Sequence[int]], ratios: Sequence[int]) -> list[SoftTokens]:
-        """Soft tokens of each text at its own ratio; see `encode` and `soft_tokens`."""
+    def soften(
+        self,
+        texts: Sequence[Sequence[int]],
+        ratios: Sequence[int],
+        encoded: Sequence[EncodedText] | None = None,
+    ) -> list[SoftTokens]:
+        """Soft tokens of each text at its own ratio.
+
+        Args:
+            texts: token ids of each.
+            ratios: of the set.
+            encoded: the texts as `encode` left them; saves encoding them where features allow other ratios.
+        """
         if self.config.features == "mean_pool":
-            encoded = self.encode(texts)
-            return [self.soft_tokens(text, ratio) for text, ratio in zip(encoded, ratios, strict=True)]
+            return self.convert(self.encode(texts) if encoded is None else encoded, ratios)
         made: dict[int, SoftTokens] = {}
         for ratio in set(ratios):
             places = [place for place, own in enumerate(ratios) if own == ratio]
             encoded = self.encode([texts[place] for place in places], ratio)
-            made |= {
-                place: self.soft_tokens(text, ratio) for place, text in zip(places, encoded, strict=True)
-            }
+            made |= zip(places, self.convert(encoded, [ratio] * len(places)), strict=True)
         return [made[place] for place in range(len(texts))]
+
+    def size(self, tokens: int, ratio: int) -> int:
+        """Soft tokens of a text of `tokens` at `ratio`; at 1, raw text, its tokens."""
+        return tokens if ratio == 1 else windows(tokens + self.config.pool_end_token, ratio)
 
     def select(self, encoded: EncodedText, ratio_scale: float = 0.0) -> Selection:
         """The ratio that the head predicts for a text, quantised to the set; see `selector.select_ratio`."""
@@ -260,23 +272,50 @@ class SoftCompressor(nn.Module):
         )
 
     def soft_tokens(self, encoded: EncodedText, ratio: int) -> SoftTokens:
-        """Pool an encoded text to `ratio` and convert it for the decoder.
+        """`convert` of one text."""
+        return self.convert([encoded], [ratio])[0]
+
+    @torch.inference_mode()
+    def convert(self, encoded: Sequence[EncodedText], ratios: Sequence[int]) -> list[SoftTokens]:
+        """Pool encoded texts, each to its own ratio, and convert them together for the decoder.
 
         Raises:
             InputError: a ratio outside the set, or not a multiple of the encoded one.
+            CheckpointError: a soft token is NaN or infinite.
         """
+        if not encoded:
+            return []
+        pooled = [self._pooled_to(text, ratio) for text, ratio in zip(encoded, ratios, strict=True)]
+        together = Features(
+            torch.cat([features.states_BMD for features in pooled]),
+            torch.cat([features.embeddings_BMD for features in pooled]),
+            torch.cat([features.counts_BM for features in pooled]),
+        )
+        soft_MD = self.converter(together).to(self.encoder.embed_tokens.weight.dtype)
+        if not torch.isfinite(soft_MD).all():
+            raise CheckpointError("soft tokens are not finite: the adapter or the text's states hold NaN")
+        rows = soft_MD.split([len(features.counts_BM) for features in pooled])
+        return [
+            SoftTokens(own_MD, text.tokens, ratio, self.fingerprint)
+            for own_MD, text, ratio in zip(rows, encoded, ratios, strict=True)
+        ]
+
+    def _pooled_to(self, encoded: EncodedText, ratio: int) -> Features:
         self._checked(ratio)
         if ratio % encoded.ratio or (ratio != encoded.ratio and self.config.features != "mean_pool"):
             raise InputError(
                 f"features encoded at ratio {encoded.ratio} cannot become ratio {ratio}; encode the text "
                 "again"
             )
-        with torch.inference_mode():
-            pooled = self.pooled(encoded.features, ratio // encoded.ratio)
-            soft_MD = self.converter(pooled).to(self.encoder.embed_tokens.weight.dtype)
-        if not torch.isfinite(soft_MD).all():
-            raise CheckpointError("soft tokens are not finite: the adapter or the text's states hold NaN")
-        return SoftTokens(soft_MD, encoded.tokens, ratio, self.fingerprint)
+        return self.pooled(encoded.features, ratio // encoded.ratio)
+
+    @torch.inference_mode()
+    def embedded(self, ids: Sequence[int], ratio: int) -> Tensor:
+        """(M, D) float32 means of a text's input embeddings of windows of `ratio` tokens, as in `encode`."""
+        end = [self.tokenizer.eos_token_id] if self.config.pool_end_token else []
+        rows_TD = self.encoder.embed_tokens(torch.tensor([*ids, *end], dtype=torch.long, device=self.device))
+        counts_T = torch.ones(len(rows_TD), device=self.device)
+        return pool(rows_TD.float(), counts_T, ratio, self.config.window_alignment)[0]
 
     def pooled(self, features: Features, factor: int) -> Features:
         """Features with `factor` neighbouring windows made one."""

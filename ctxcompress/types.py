@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import html
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
+from ctxcompress.config import one_of
 from ctxcompress.errors import InputError
 
 if TYPE_CHECKING:
@@ -15,8 +17,8 @@ if TYPE_CHECKING:
 
 Span = tuple[int, int]
 """Half-open range of character positions in a document's original text."""
-Order = Literal["share", "original"]
-"""How documents stand in a prompt."""
+Order = Literal["score", "edges", "original"]
+"""How documents stand in a prompt: see `CompressionResult.parts`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,11 +59,35 @@ class SoftTokens:
 
 
 @dataclass(frozen=True, slots=True)
+class CompressedChunk:
+    """A run of a document's text with a ratio of its own, in soft mode.
+
+    Attributes:
+        span: characters of the document's original text.
+        tokens_before: original tokens.
+        tokens_after: soft tokens; as many as before means raw text, none that the chunk was dropped.
+        share: the allocator's view of its worth; None when nothing had to be weighed.
+        soft: what stands for the text, unless it is raw or dropped.
+    """
+
+    span: Span
+    tokens_before: int
+    tokens_after: int
+    share: float | None
+    soft: SoftTokens | None = field(default=None, compare=False)
+
+    @property
+    def ratio(self) -> float | None:
+        """Original tokens / soft tokens, >= 1; None when nothing is left."""
+        return self.tokens_before / self.tokens_after if self.tokens_after else None
+
+
+@dataclass(frozen=True, slots=True)
 class CompressedDocument:
     """A document after compression; `text` is exactly the join of `kept_spans` of `original`.
 
-    A document that became soft tokens keeps its whole text beside them, for readers that take text only;
-    `tokens_after` then counts the soft tokens.
+    In soft mode a document consists of `chunks`. It keeps their whole text beside the soft tokens, for
+    readers that take text only; `tokens_after` then counts the soft tokens.
 
     `score` is the retriever's and is passed through. `share` is the allocator's view of this document's worth
     (the shares of a call sum to 1) and `rank` its place by share, 1 = worth most; both are None when
@@ -80,12 +106,23 @@ class CompressedDocument:
     tokens_before: int
     tokens_after: int
     kept_spans: tuple[Span, ...]
-    soft: SoftTokens | None = field(default=None, compare=False)
+    chunks: tuple[CompressedChunk, ...] = ()
 
     @property
     def ratio(self) -> float | None:
         """Original tokens / compressed tokens, >= 1; None when nothing is left."""
         return self.tokens_before / self.tokens_after if self.tokens_after else None
+
+    @property
+    def parts(self) -> list[str | SoftTokens]:
+        """What is left of the document, in order, for a prompt."""
+        if not self.chunks:
+            return [self.text] if self.text else []
+        return [
+            self.original[slice(*chunk.span)] if chunk.soft is None else chunk.soft
+            for chunk in self.chunks
+            if chunk.tokens_after
+        ]
 
     @property
     def source(self) -> str | None:
@@ -97,7 +134,20 @@ class CompressedDocument:
         """JSON-ready account of the document; metadata stays out, it may hold anything."""
         names = ("id", "source", "score", "share", "rank", "budget", "tokens_before", "tokens_after", "ratio")
         account: dict[str, Any] = {name: getattr(self, name) for name in names}
-        return {**account, "text": self.text, "kept_spans": [list(span) for span in self.kept_spans]}
+        chunks = [
+            {
+                "span": list(chunk.span),
+                "tokens_before": chunk.tokens_before,
+                "tokens_after": chunk.tokens_after,
+            }
+            for chunk in self.chunks
+        ]
+        return {
+            **account,
+            "text": self.text,
+            "kept_spans": [list(span) for span in self.kept_spans],
+            "chunks": chunks,
+        }
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,6 +161,7 @@ class CompressionResult:
         allocator: who decided how much each got.
         budget: most tokens the documents may have together.
         prior: "retriever" if the retriever's scores took part in the allocation, else "none".
+        ratio_scale: the dial of predicted ratios, where an allocator asked for ratios.
         seconds: wall seconds per stage.
     """
 
@@ -120,6 +171,7 @@ class CompressionResult:
     allocator: str
     budget: int
     prior: str = "none"
+    ratio_scale: float | None = None
     seconds: Mapping[str, float] = field(default_factory=dict)
 
     @property
@@ -142,17 +194,25 @@ class CompressionResult:
         """The compressed context as one string; documents that were left empty take no room in it."""
         return "\n\n".join(document.text for document in self.documents if document.text)
 
-    def parts(self, order: Order = "share") -> list[str | SoftTokens]:
-        """What is left of each document, for a prompt: text, or soft tokens.
+    def parts(self, order: Order = "score") -> list[list[str | SoftTokens]]:
+        """What is left of each document, for a prompt: a list of texts and soft tokens.
 
         Args:
-            order: "share" puts the document worth most last, next to the question: small models look there;
-                "original" keeps the order the documents came in.
+            order: "score" puts the document worth most last, next to the question: small models look there;
+                "edges" puts the best ones first and last and the worst in the middle, where long prompts are
+                read least; "original" keeps the order the documents came in.
+
+        Raises:
+            ConfigError: another order.
         """
+        one_of("order", order, Order)
         documents = [document for document in self.documents if document.tokens_after]
-        if order == "share":
+        if order != "original":
             documents.sort(key=lambda document: document.share or 0.0)
-        return [document.text if document.soft is None else document.soft for document in documents]
+        if order == "edges":
+            best_first = documents[::-1]
+            documents = [*best_first[1::2], *best_first[::2][::-1]]
+        return [document.parts for document in documents]
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready account of the whole call."""
@@ -162,6 +222,7 @@ class CompressionResult:
             "allocator": self.allocator,
             "prior": self.prior,
             "budget": self.budget,
+            "ratio_scale": self.ratio_scale,
             "tokens_before": self.tokens_before,
             "tokens_after": self.tokens_after,
             "compression_ratio": self.compression_ratio,
@@ -244,17 +305,32 @@ def _html_table(result: CompressionResult) -> str:
         f"{result.tokens_before:,} tokens &rarr; {result.tokens_after:,} ({ratio}), budget "
         f"{result.budget:,}, {html.escape(result.mode)}:{html.escape(result.allocator)}"
     )
-    head = "".join(f"<th>{name}</th>" for name in ("document", "kept of original", "tokens", "share", "rank"))
+    head = "".join(
+        f"<th>{name}</th>" for name in ("document", "ratio (dark: all of it)", "tokens", "share", "rank")
+    )
     return f"<table><caption>{caption}</caption><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>"
 
 
 def _html_row(document: CompressedDocument, longest: int) -> str:
-    def bar(tokens: int, colour: str) -> str:
-        return f'<div style="height:5px;width:{160 * tokens / longest:.0f}px;background:{colour}"></div>'
-
     share = "" if document.share is None else f"{document.share:.1%}"
     rank = "" if document.rank is None else str(document.rank)
-    bars = bar(document.tokens_before, "#bbb") + bar(document.tokens_after, "#27a")
     tokens = f"{document.tokens_before:,} &rarr; {document.tokens_after:,}"
-    cells = (html.escape(document.id), bars, tokens, share, rank)
+    cells = (html.escape(document.id), _html_bar(document, longest), tokens, share, rank)
     return "<tr>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>"
+
+
+def _html_bar(document: CompressedDocument, longest: int) -> str:
+    """The document as a bar, as long as its original, each chunk the darker the more of it is left."""
+    chunks = [(chunk.tokens_before, chunk.tokens_after) for chunk in document.chunks]
+    pieces = "".join(
+        f'<div title="{before:,} &rarr; {after:,} tokens" style="height:12px;border:1px solid #888;'
+        f'width:{240 * before / longest:.1f}px;background:{_shade(before, after)}"></div>'
+        for before, after in chunks or [(document.tokens_before, document.tokens_after)]
+    )
+    return f'<div style="display:flex">{pieces}</div>'
+
+
+def _shade(before: int, after: int) -> str:
+    if not after:
+        return "repeating-linear-gradient(45deg,#fff,#fff 3px,#ccc 3px,#ccc 5px)"
+    return f"hsl(210 70% {min(28 + 12 * math.log2(before / after), 92):.0f}%)"

@@ -43,6 +43,7 @@ class EvaluationConfig:
             is "soft", the decoder wears the adapter in all of them.
         ratio: compression ratio of the compressed rows; this or `budget`.
         budget: their budget in tokens.
+        ratio_scale: dial of the rows with `semi_dynamic`, in place of a ratio or budget.
         limit: questions.
         offset: questions left out at the start of the file.
         seed: of the `random` allocator and the bootstrap.
@@ -56,6 +57,7 @@ class EvaluationConfig:
     rows: tuple[str, ...]
     ratio: float | None
     budget: int | None
+    ratio_scale: float | None = None
     limit: int | None
     offset: int
     seed: int
@@ -72,8 +74,12 @@ class EvaluationConfig:
                 mode, _, allocator = row.partition(":")
                 one_of("the mode of a row (none, full or mode:allocator)", mode, _RowMode)
                 one_of("the allocator of a row (mode:allocator)", allocator, AllocatorName)
-        if any(row not in PLAIN_ROWS for row in self.rows) and (self.ratio is None) == (self.budget is None):
-            raise ConfigError("compressed rows need either a ratio or a budget, and not both")
+        dialled = self.ratio_scale is not None
+        measured = [
+            row for row in self.rows if row not in PLAIN_ROWS and not (dialled and "semi_dynamic" in row)
+        ]
+        if measured and (self.ratio is None) == (self.budget is None):
+            raise ConfigError(f"the rows {measured} need either a ratio or a budget, and not both")
 
     @property
     def adapted(self) -> bool:
@@ -134,6 +140,12 @@ def evaluate(
     return results
 
 
+def read_records(folder: Path) -> list[Record]:
+    """One record per question and row of a run."""
+    lines = (folder / "records.jsonl").read_text(encoding="utf-8").splitlines()
+    return [json.loads(line) for line in lines]
+
+
 def _resumed(folder: Path, config: EvaluationConfig) -> dict[tuple[str, str], Record]:
     """Records of an earlier, interrupted run; a line that was cut off is dropped from the file."""
     described = json.dumps(dataclasses.asdict(config), indent=1, sort_keys=True)
@@ -170,18 +182,21 @@ def _record(
     config: EvaluationConfig,
 ) -> Record:
     started = time.perf_counter()
-    parts: list[str | SoftTokens] = []
+    parts: list[list[str | SoftTokens]] = []
     if row in PLAIN_ROWS:
-        parts += [document.text for document in documents] if row == "full" else []
+        parts += [[document.text] for document in documents if document.text and row == "full"]
         account = _plain_account(compressor.backbone, documents, question.gold, row)
     else:
+        allocator = one_of("allocator", row.partition(":")[2], AllocatorName)
+        scaled = config.ratio_scale is not None and "semi_dynamic" in allocator
         result = compressor.compress(
             documents,
             question.question,
-            budget=config.budget,
-            compression_ratio=config.ratio,
+            budget=None if scaled else config.budget,
+            compression_ratio=None if scaled else config.ratio,
+            ratio_scale=config.ratio_scale if scaled else None,
             mode=one_of("mode", row.partition(":")[0], _RowMode),
-            allocator=one_of("allocator", row.partition(":")[2], AllocatorName),
+            allocator=allocator,
         )
         parts = result.parts()
         pairs = list(zip(result.documents, question.gold, strict=True))
@@ -190,6 +205,7 @@ def _record(
             "tokens_after": result.tokens_after,
             "gold_tokens": sum(document.tokens_after for document, gold in pairs if gold),
             "gold_first": any(gold and document.rank == 1 for document, gold in pairs),
+            "ratios": [chunk.ratio or 0 for document in result.documents for chunk in document.chunks],
         }
     backbone = compressor.backbone
     room = (
@@ -207,6 +223,8 @@ def _record(
         "em": exact_match(completion.text, question.answers),
         "f1": f1(completion.text, question.answers),
         **account,
+        "documents": len(documents),
+        "gold_position": next((place for place, gold in enumerate(question.gold) if gold), None),
         "cut": cut,
         "seconds": time.perf_counter() - started,
     }
@@ -226,16 +244,16 @@ def _plain_account(
 
 
 def _within(
-    backbone: Backbone, parts: list[str | SoftTokens], room: int
-) -> tuple[list[str | SoftTokens], bool]:
+    backbone: Backbone, parts: list[list[str | SoftTokens]], room: int
+) -> tuple[list[list[str | SoftTokens]], bool]:
     """The texts, or beginning and end of their whole when it exceeds the window (LongBench's protocol)."""
-    texts = [part for part in parts if isinstance(part, str)]
+    texts = [part for own in parts for part in own if isinstance(part, str)]
     whole = "\n\n".join(texts)
     encoding = backbone.encode(whole)
-    if len(texts) < len(parts) or len(encoding.ids) <= room:
+    if len(texts) < sum(map(len, parts)) or len(encoding.ids) <= room:
         return parts, False
     half = max(room // 2 - 2, 1)
-    return [whole[: encoding.spans[half][0]], whole[encoding.spans[-half][0] :]], True
+    return [[whole[: encoding.spans[half][0]]], [whole[encoding.spans[-half][0] :]]], True
 
 
 def _figures(by_row: dict[str, list[Record]], config: EvaluationConfig) -> list[dict[str, Any]]:

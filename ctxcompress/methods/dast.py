@@ -15,13 +15,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ctxcompress.backbone import Backbone
+from ctxcompress.backbone import Backbone, Ids, splice
 from ctxcompress.calibration import BUDGET_TEMPERATURE, Calibration
 from ctxcompress.config import DASTConfig
+from ctxcompress.pooling import windows
+from ctxcompress.prompt import BETWEEN, around_documents
 from ctxcompress.scores import attention_evidence, attention_mass, importance, shares, standardised
 
 PREFIX = "Documents:\n\n"
-SEPARATOR = "\n\n"
 QUESTION = "Question: {query}\nAnswer:"
 CONTENT_FREE = "N/A"
 
@@ -33,10 +34,13 @@ class Worth:
     Attributes:
         shares_N: (N,) float64; sums to 1.
         prior: "retriever" if the retriever's scores took part, else "none".
+        log2_ratios_N: (N,) float64; ratios asked for, before the dial, by an allocator that asks for ratios;
+            None lets Algorithm 1 turn shares into sizes.
     """
 
     shares_N: Tensor
     prior: str = "none"
+    log2_ratios_N: Tensor | None = None
 
 
 class DAST:
@@ -47,40 +51,71 @@ class DAST:
         config: the method's settings.
         calibration: retrieval heads and weights for "repaired" mode; None takes the shipped ones or the
             middle third.
+        as_asked: read documents and question in the very prompt that answers come from, as an adapter's
+            decoder was trained to; else in a plain one without chat template.
     """
 
     def __init__(
-        self, backbone: Backbone, config: DASTConfig | None = None, calibration: Calibration | None = None
+        self,
+        backbone: Backbone,
+        config: DASTConfig | None = None,
+        calibration: Calibration | None = None,
+        *,
+        as_asked: bool = False,
     ) -> None:
         self._backbone = backbone
         self._config = config or DASTConfig()
+        self._as_asked = as_asked
         self.calibration = calibration or Calibration.for_model(backbone.name, *backbone.layers_heads)
         self.calibration.check(*backbone.layers_heads)
 
+    @property
+    def needs_nll(self) -> bool:
+        """Whether the mode weighs documents by their NLL."""
+        return self._config.mode != "repaired"
+
+    def scoring_ratio(self, tokens: Sequence[int], ratio_set: Sequence[int]) -> int:
+        """The finest ratio at which documents of these lengths fill at most `window_share` of the window.
+
+        Every document brings a separator. The coarsest ratio if none is coarse enough: the pass then takes
+        several windows if it must.
+        """
+        room = self._config.window_share * self._backbone.window
+        for ratio in sorted(ratio_set):
+            if sum(windows(count, ratio) + 1 for count in tokens) <= room:
+                return ratio
+        return max(ratio_set)
+
     def worth(
-        self, documents: Sequence[Sequence[int]], query: str, retrieved: Sequence[float | None]
+        self,
+        documents: Sequence[Ids | Tensor],
+        query: str,
+        retrieved: Sequence[float | None],
+        nll_N: Tensor | None = None,
     ) -> Worth:
         """Shares of the documents.
 
         Args:
-            documents: token ids of each; at least one token in all.
+            documents: token ids or (M, D) soft tokens of each; at least one token in all.
             query: the question, not empty.
             retrieved: the retriever's score of each document; used as prior when every document has one.
+            nll_N: mean NLL of each document, nats; None reads it off the pass, which needs token ids.
         """
         if self._config.mode == "repaired":
             return self._repaired(documents, query, retrieved)
         reading = self._backbone.read_queries(
             self._separated(documents),
-            [self._question(query)],
-            prefix=self._ids(PREFIX),
+            [self._around(query)[1]],
+            prefix=self._around(query)[0],
             last_token=True,
-            with_nll=True,
+            with_nll=nll_N is None,
         )
-        if reading.nll_N is None:
+        nll_N = reading.nll_N if nll_N is None else nll_N
+        if nll_N is None:
             raise RuntimeError("the pass was asked for the NLL and returned none")
         scores_N = importance(
             attention_mass(reading.mass_QLHN[0]),
-            reading.nll_N,
+            nll_N,
             alpha=self._config.alpha,
             ppl_sign=self._config.ppl_sign,
         )
@@ -88,7 +123,7 @@ class DAST:
         return Worth(shares(scores_N, self._config.temperature or default))
 
     def _repaired(
-        self, documents: Sequence[Sequence[int]], query: str, retrieved: Sequence[float | None]
+        self, documents: Sequence[Ids | Tensor], query: str, retrieved: Sequence[float | None]
     ) -> Worth:
         question_LHN, baseline_LHN = self.masses(
             documents, query, layers=1 + max(layer for layer, _ in self.calibration.heads)
@@ -107,23 +142,34 @@ class DAST:
         )
 
     def masses(
-        self, documents: Sequence[Sequence[int]], query: str, *, layers: int | None = None
+        self, documents: Sequence[Ids | Tensor], query: str, *, layers: int | None = None
     ) -> tuple[Tensor, Tensor]:
         """Attention mass (L, H, N) on each document: of the question's tokens, of a content-free one's."""
         reading = self._backbone.read_queries(
             self._separated(documents),
-            [self._question(query), self._question(CONTENT_FREE)],
-            prefix=self._ids(PREFIX),
+            [self._around(query)[1], self._around(CONTENT_FREE)[1]],
+            prefix=self._around(query)[0],
             layers=layers,
         )
         return reading.mass_QLHN[0], reading.mass_QLHN[1]
 
-    def _separated(self, documents: Sequence[Sequence[int]]) -> list[list[int]]:
-        separator = self._ids(SEPARATOR)
-        return [[*ids, *separator] if ids else [] for ids in documents]
+    def _separated(self, documents: Sequence[Ids | Tensor]) -> list[Ids | Tensor]:
+        separator = self._ids(BETWEEN)
+        embed = self._backbone.model.get_input_embeddings()
+        return [
+            splice([document, separator], embed)
+            if isinstance(document, Tensor)
+            else (*document, *separator)
+            if document
+            else ()
+            for document in documents
+        ]
 
-    def _question(self, query: str) -> tuple[int, ...]:
-        return self._ids(QUESTION.format(query=query))
+    def _around(self, query: str) -> tuple[Ids, Ids]:
+        """Token ids before the documents, and after them."""
+        if self._as_asked:
+            return around_documents(self._backbone, query)
+        return self._ids(PREFIX), self._ids(QUESTION.format(query=query))
 
-    def _ids(self, text: str) -> tuple[int, ...]:
+    def _ids(self, text: str) -> Ids:
         return self._backbone.encode(text).ids

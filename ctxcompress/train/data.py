@@ -16,9 +16,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from ctxcompress.backbone import Backbone
+from ctxcompress.backbone import Backbone, Ids
 from ctxcompress.errors import InputError
-from ctxcompress.prompt import CONTINUE, NEXT_QUESTION, REPEAT, Ids, chat_prompt, follow_up, question_prompt
+from ctxcompress.prompt import CONTINUE, NEXT_QUESTION, REPEAT, chat_prompt, follow_up, question_prompt
 from ctxcompress.train.recipe import Recipe
 
 CANDIDATES = 4  # a batch of questions is cut from this many times its size, sorted by length
@@ -137,7 +137,7 @@ class Samples:
                 f"{recipe.longest_document} tokens in {ATTEMPTS} draws from {recipe.questions}; complete the "
                 "records, or raise longest_document"
             )
-        slots = [Slot(place) for place in range(len(ids))]
+        slots = [[Slot(place)] for place in range(len(ids))]
         prompt = tuple(question_prompt(self._backbone, record["question"], slots))
         turns = [(prompt, self._answer(draw, record))]
         siblings = [other for other in self._by_gold[_shown(gold[0])] if other is not record]

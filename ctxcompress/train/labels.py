@@ -18,10 +18,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ctxcompress.backbone import Ids
 from ctxcompress.config import one_of
 from ctxcompress.errors import ConfigError, InputError
 from ctxcompress.methods.dac import Progress
-from ctxcompress.prompt import CONTINUE, REPEAT, Ids, chat_prompt
+from ctxcompress.prompt import CONTINUE, REPEAT, chat_prompt
 from ctxcompress.soft import SoftCompressor
 from ctxcompress.train.data import Sample, Slot
 from ctxcompress.train.losses import Objective

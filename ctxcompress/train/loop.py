@@ -2,7 +2,8 @@
 
     OUTPUT/recipe.json        what made the run
     OUTPUT/metrics.jsonl      one line per step
-    OUTPUT/checkpoint-N/      adapters in float32 and the optimizer's moments after N steps; the newest stays
+    OUTPUT/checkpoint-N/      adapters in float32 and the optimizer's moments after N steps; the newest stays,
+                              and another run may start from it
     OUTPUT/adapter/           the adapters of the last step in the base's dtype, ready to be loaded
 
 Learning rate and samples are functions of the seed and the step, and nothing else is random, so adapters,
@@ -25,7 +26,7 @@ import torch
 from torch import Tensor
 
 from ctxcompress import checkpoint
-from ctxcompress.backbone import Backbone
+from ctxcompress.backbone import Backbone, native_dtype
 from ctxcompress.calibration import Calibration
 from ctxcompress.errors import CheckpointError, MissingExtraError
 from ctxcompress.files import write_atomically
@@ -80,13 +81,14 @@ def train(recipe: Recipe, progress: Progress | None = None) -> SoftCompressor:
             if recipe.tensorboard:
                 accelerator.log({key: figures[key] for key in figures if key != "objective"}, step=step)
             if (step + 1) % recipe.save_every == 0 or step + 1 == recipe.steps:
-                _save(output, compressor, optimizer, step + 1)
+                stages = [*_earlier(recipe), _stage(recipe, output, accelerator.num_processes)]
+                _save(output, compressor, optimizer, step + 1, stages)
         if progress is not None:
             progress("training", step + 1, recipe.steps)
     compressor.finish()
     if accelerator.is_main_process:
-        native = compressor.encoder.embed_tokens.weight.dtype
         stages = [*_earlier(recipe), _stage(recipe, output, accelerator.num_processes)]
+        native = compressor.encoder.embed_tokens.weight.dtype
         checkpoint.save(compressor, output / "adapter", dtype=native, training=stages)
     accelerator.wait_for_everyone()
     accelerator.end_training()
@@ -99,7 +101,7 @@ def _earlier(recipe: Recipe) -> list[dict[str, Any]]:
 
 
 def _stage(recipe: Recipe, output: Path, processes: int) -> dict[str, Any]:
-    """This run for the model card: settings without paths, effort, machine, and where the losses ended."""
+    """This run so far, for the model card: settings without paths, effort, machine, and the last losses."""
     settings = json.loads(recipe.to_json())
     for name in ("base", "compressor", "notice", "output", "start", "save_every", "tensorboard"):
         del settings[name]
@@ -113,8 +115,8 @@ def _stage(recipe: Recipe, output: Path, processes: int) -> dict[str, Any]:
     return {
         "recipe": settings,
         "notice": recipe.notice,
-        "steps": recipe.steps,
-        "samples": recipe.steps * recipe.batch_size * recipe.accumulation * processes,
+        "steps": len(lines),
+        "samples": len(lines) * recipe.batch_size * recipe.accumulation * processes,
         "seconds": sum(line["seconds"] for line in lines),
         "machine": cuda or f"{platform.machine()} CPU, {torch.get_num_threads()} threads",
         "date": time.strftime("%Y-%m-%d", time.gmtime()),
@@ -133,13 +135,16 @@ def learning_rate(recipe: Recipe, step: int) -> float:
 
 def _accelerator(recipe: Recipe) -> Any:
     try:
-        from accelerate import Accelerator, DistributedDataParallelKwargs
+        from accelerate import Accelerator, DistributedDataParallelKwargs, PartialState
     except ModuleNotFoundError as error:
         raise MissingExtraError("accelerate", "train") from error
     # accelerate itself says nothing when it cannot write events.
     if recipe.tensorboard and importlib.util.find_spec("tensorboard") is None:
         raise MissingExtraError("tensorboard", "tensorboard")
+    place = PartialState().device
     return Accelerator(
+        # Adapters stay float32 but multiply in bfloat16 where the base does: a fifth faster on a CPU.
+        mixed_precision="bf16" if native_dtype(place) == torch.bfloat16 else "no",
         gradient_accumulation_steps=recipe.accumulation,
         # No loss reaches the ratio head, and none of raw text the encoder.
         kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
@@ -211,7 +216,9 @@ def _newest(output: Path) -> Path | None:
     return max(complete, key=lambda folder: int(folder.name.rpartition("-")[2]), default=None)
 
 
-def _save(output: Path, compressor: SoftCompressor, optimizer: Any, step: int) -> None:
+def _save(
+    output: Path, compressor: SoftCompressor, optimizer: Any, step: int, stages: list[dict[str, Any]]
+) -> None:
     """Moments first, adapters with their `config.json` last; only then the older checkpoints go."""
     from safetensors.torch import save as to_bytes
 
@@ -224,7 +231,7 @@ def _save(output: Path, compressor: SoftCompressor, optimizer: Any, step: int) -
         for key in ("exp_avg", "exp_avg_sq", "step")
     }
     write_atomically(folder / _MOMENTS, to_bytes(tensors))
-    checkpoint.save(compressor, folder)
+    checkpoint.save(compressor, folder, training=stages)
     for older in output.glob("checkpoint-*"):
         if older != folder:
             shutil.rmtree(older)

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ctxcompress.attention import TrainedMass
+from ctxcompress.backbone import Ids, splice
 from ctxcompress.pooling import windows
-from ctxcompress.prompt import Ids, length, splice
+from ctxcompress.prompt import length
 from ctxcompress.soft import SoftCompressor
 from ctxcompress.train.data import Batch, Sample, Slot
 from ctxcompress.types import Span

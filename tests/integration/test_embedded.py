@@ -181,7 +181,7 @@ def test_question_is_answered_from_soft_tokens(soft: ContextCompressor) -> None:
     page = (PAGES / "penicillin.md").read_text(encoding="utf-8")[:500]
     query = "Who discovered penicillin?"
     result = soft.compress([page], query, compression_ratio=2, mode="soft")
-    assert result.documents[0].soft is not None
+    assert result.documents[0].chunks[0].soft is not None
     answer = soft.answer(result, max_new_tokens=24)
     assert "Fleming" in answer.text
     assert answer.prompt_tokens < soft.backbone.count(page)

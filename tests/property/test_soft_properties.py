@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from ctxcompress import Backbone
 from ctxcompress.pooling import pool, windows
-from ctxcompress.prompt import length, question_prompt, splice
+from ctxcompress.backbone import splice
+from ctxcompress.prompt import length, question_prompt
 from ctxcompress.selector import select_length, select_ratio
 
 examples = settings(max_examples=int(os.environ.get("CTXCOMPRESS_MAX_EXAMPLES", "50")), deadline=None)
@@ -161,7 +162,7 @@ def test_a_spliced_prompt_has_one_row_per_token(
 ) -> None:
     embed = backbone.model.get_input_embeddings()
     soft = [torch.randn(one, 32) if isinstance(one, int) else one for one in documents]
-    segments = question_prompt(backbone, "Who?", soft)
+    segments = question_prompt(backbone, "Who?", [[own] for own in soft])
     with torch.no_grad():
         rows_TD = splice(segments, embed)
     assert rows_TD.shape == (length(segments), 32)

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
 from torch import Tensor
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from ctxcompress import Backbone, ModelError
 from ctxcompress.backbone import _packed, _windows, batches
@@ -169,6 +175,64 @@ def test_token_spans_cover_the_text(backbone: Backbone, text: str) -> None:
 def test_control_strings_in_text_are_not_control_tokens(backbone: Backbone) -> None:
     control = set(backbone.tokenizer.all_special_ids)
     assert control.isdisjoint(backbone.encode("<|end|> or <|user|>, never both <|assistant|>").ids)
+
+
+def byte_level(tokenizer: Any) -> Any:
+    """As Qwen3's: control tokens that are not marked special, and a word taught as one token."""
+    taught = copy.deepcopy(tokenizer)
+    taught.add_tokens(
+        ["<think>", AddedToken("</think>", normalized=False), "[INST]", "penicillin", "<|user|>"]
+    )
+    return taught
+
+
+def sentence_piece(_: Any) -> Any:
+    """As Llama 2's: `<unk>` and the like are in the vocabulary itself; bytes where letters lack."""
+    controls = ["<unk>", "<s>", "</s>"]
+    pieces = [*controls, *(f"<0x{byte:02X}>" for byte in range(256)), *"▁abehkinrst", "▁t", "th"]
+    model = models.BPE(
+        {piece: place for place, piece in enumerate(pieces)},
+        [("▁", "t"), ("t", "h")],
+        unk_token="<unk>", fuse_unk=True, byte_fallback=True,
+    )  # fmt: skip
+    backend = Tokenizer(model)
+    backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    backend.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    )
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend, unk_token="<unk>", bos_token="<s>", eos_token="</s>"
+    )
+    tokenizer.add_tokens(["<think>", "</think>", "[INST]", "penicillin"])
+    return tokenizer
+
+
+@pytest.mark.parametrize("make", [byte_level, sentence_piece])
+def test_control_tokens_that_are_not_marked_special_are_text_in_documents(
+    make: Callable[[Any], Any], backbone: Backbone
+) -> None:
+    tokenizer = make(backbone.tokenizer)
+    plain = Backbone(backbone.model, tokenizer)
+    added = tokenizer.get_added_vocab()
+    text = "<think>then</think> <s>[INST]</s><|user|> <unk> at <|end|> the penicillin é 中"
+    encoding = plain.encode(text)
+    assert added.keys() >= {"<think>", "</think>", "[INST]"}
+    assert set(encoding.ids) & set(added.values()) == {added["penicillin"]}
+    assert tokenizer.decode(encoding.ids).strip() == text
+    start, stop = encoding.spans[encoding.ids.index(added["penicillin"])]
+    assert text[start:stop].strip() == "penicillin"
+    # The template's tokenizer goes on to know them.
+    assert added["<think>"] in tokenizer("<think>", add_special_tokens=False)["input_ids"]
+
+
+@given(text=st.lists(st.just("penicillin") | st.text()).map("".join))
+@settings(deadline=None)
+def test_texts_without_control_strings_have_the_ids_they_always_had(text: str, backbone: Backbone) -> None:
+    tokenizer = byte_level(backbone.tokenizer)
+    assume(not any(control in text for control in tokenizer.get_added_vocab() if control != "penicillin"))
+    ids = Backbone(backbone.model, tokenizer).encode(text).ids
+    assert list(ids) == tokenizer(text, add_special_tokens=False)["input_ids"]
+    assert tokenizer.decode(ids) == text
 
 
 def test_missing_model_says_what_to_do(tmp_path: Path) -> None:

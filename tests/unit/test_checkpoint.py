@@ -325,6 +325,12 @@ def test_a_list_without_one_of_the_files_is_refused(backbone: Backbone, copied: 
     refused(backbone, copied, "does not fit its config.json: .*converter", "copy it again")
 
 
+@pytest.mark.parametrize("name", ["../outside.safetensors", "/dev/null", "modeling.py", "decoder/more.json"])
+def test_files_that_no_adapter_has_are_refused(backbone: Backbone, copied: Path, name: str) -> None:
+    edited(copied, lambda description: description["files"].update({name: "0" * 64}))
+    refused(backbone, copied, f"files of an adapter only, got .*{name}", "copy the whole folder again")
+
+
 @pytest.mark.parametrize("key", ["format", "base", "compressor", "files"])
 def test_a_config_without_a_part_is_refused(backbone: Backbone, copied: Path, key: str) -> None:
     edited(copied, lambda description: description.pop(key))

@@ -96,7 +96,7 @@ WRONG = [
         "readable text file was expected at missing.txt",
     ),
     (["compress", "-", "--budget", "9"], "dast needs a query"),
-    (["compress", "-", "--query", "q"], "got neither"),
+    (["compress", "-", "--query", "q"], "got none"),
     (["compress", "-", "--query", "q", "--ratio", "0.5"], "write 2"),
     (["compress", "-", "--query", "q", "--budget", "0"], "got 0"),
     (["compress", "-", "--query", "q", "--budget", "3", "--mode", "soft"], "mode must be one of"),

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import json
 import shutil
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote, urlsplit
 
+import huggingface_hub
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -25,10 +30,18 @@ from transformers import (
     Qwen3Model,
 )
 
-from ctxcompress import Backbone
+from ctxcompress import Backbone, checkpoint
 from ctxcompress.config import SoftConfig
 from ctxcompress.errors import CheckpointError, ConfigError
-from ctxcompress.foreign import ForeignCompressor, export_merged, is_foreign, load_foreign
+from ctxcompress.foreign import (
+    ForeignCompressor,
+    export_merged,
+    is_foreign,
+    load_adapter,
+    load_foreign,
+    measured,
+    resolve_adapter,
+)
 from ctxcompress.pooling import windows
 from ctxcompress.soft import SoftCompressor
 
@@ -232,6 +245,7 @@ def test_sdcc_equals_a_slow_computation(method: str, own_sdcc: Path, bases: Path
             got = compressor.soft_tokens(encoded, ratio)
             wanted = slow_sdcc(own_sdcc, bases, [[*text, *tail]], ratio, causal)
             assert (got.tokens, len(got)) == (len(text), windows(len(text) + 2, ratio))
+            assert len(got) == compressor.size(len(text), ratio) == len(compressor.embedded(text, ratio))
             torch.testing.assert_close(got.embeddings_MD, wanted, rtol=1e-5, atol=1e-5)
     config = compressor.config
     assert (config.ratio_set, config.ratio_space, config.bidirectional) == ((2, 4, 8), "linear", not causal)
@@ -464,26 +478,6 @@ def test_unknown_layouts_are_refused(tiny_model: Path) -> None:
         load_foreign("nowhere")
 
 
-def test_hub_sub_folders(sdcc: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from huggingface_hub.utils import filter_repo_objects
-
-    shutil.copytree(sdcc, tmp_path / "static" / "r=[4]")
-    (tmp_path / "static" / "r=[4]" / "encoder" / "old.bin").touch()
-    taken: list[str] = []
-
-    def download(repository: str, *, allow_patterns: list[str]) -> str:
-        assert repository == "someone/several"
-        files = [str(file.relative_to(tmp_path)) for file in tmp_path.rglob("*.*") if file.is_file()]
-        taken.extend(filter_repo_objects([*files, "dynamic/config.json"], allow_patterns=allow_patterns))
-        return str(tmp_path)
-
-    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
-    assert isinstance(load_foreign("someone/several/static/r=[4]", **CPU), ForeignCompressor)
-    names = {name.removeprefix("static/r=[4]/") for name in taken}
-    assert {"config.json", "projector.pth", ENCODER_FILE, "decoder/adapter_config.json"} <= names
-    assert not {"dynamic/config.json", "encoder/old.bin"} & names
-
-
 @pytest.fixture
 def trained(backbone: Backbone) -> SoftCompressor:
     """One of ours, with noise in place of training."""
@@ -520,3 +514,290 @@ def test_merged_decoder_equals_base_with_adapter(
     assert compressor.state_dict().keys() == before.keys()
     assert all(torch.equal(before[name], tensor) for name, tensor in compressor.state_dict().items())
     assert all(torch.equal(untouched[name], tensor) for name, tensor in backbone.model.state_dict().items())
+
+
+# -------------------------------------------------------------------------------------- adapters by name
+
+
+class Hub(ThreadingHTTPServer):
+    """What the hub's client asks for to fetch a snapshot; holds commits of folders, the last one is main."""
+
+    daemon_threads = True
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), HubHandler)
+        self.commits: dict[str, dict[str, dict[str, bytes]]] = {}
+        self.tags: dict[str, str] = {}
+        self.served: list[str] = []
+
+    def push(self, repository: str, folder: Path, *, tag: str = "main") -> str:
+        """Publish a folder, return the commit."""
+        files = {
+            file.relative_to(folder).as_posix(): file.read_bytes()
+            for file in sorted(folder.rglob("*"))
+            if file.is_file()
+        }
+        commit = hashlib.sha1(
+            b"".join(name.encode() + content for name, content in files.items())
+        ).hexdigest()
+        self.commits.setdefault(repository, {})[commit] = files
+        self.tags |= {tag: commit, "main": commit}
+        return commit
+
+
+class HubHandler(BaseHTTPRequestHandler):
+    server: Hub
+    protocol_version = "HTTP/1.1"
+
+    def do_GET(self) -> None:
+        parts = unquote(urlsplit(self.path).path).strip("/").split("/")
+        if parts[:2] == ["api", "models"]:
+            self.about("/".join(parts[2:4]), *parts[4:6])
+        else:
+            self.file("/".join(parts[:2]), parts[3], "/".join(parts[4:]))
+
+    do_HEAD = do_GET
+
+    def about(self, repository: str, kind: str = "revision", revision: str = "main") -> None:
+        commit, files = self.commit(repository, revision)
+        if files is None:
+            return
+        listed = [
+            {"type": "file", "path": name, "size": len(content), "oid": hashlib.sha1(content).hexdigest()}
+            for name, content in files.items()
+        ]
+        siblings = [{"rfilename": name} for name in files]
+        info = {"id": repository, "modelId": repository, "sha": commit, "siblings": siblings}
+        self.send(200, json.dumps(listed if kind == "tree" else info).encode(), {})
+
+    def file(self, repository: str, revision: str, name: str) -> None:
+        commit, files = self.commit(repository, revision)
+        if files is None:
+            return
+        if name not in files:
+            self.send(404, b"", {"X-Error-Code": "EntryNotFound"})
+            return
+        if self.command == "GET":
+            self.server.served.append(name)
+        tag = hashlib.sha1(files[name]).hexdigest()
+        self.send(200, files[name], {"ETag": f'"{tag}"', "X-Repo-Commit": commit})
+
+    def commit(self, repository: str, revision: str) -> tuple[str, dict[str, bytes] | None]:
+        if repository not in self.server.commits:
+            self.send(404, b"{}", {"X-Error-Code": "RepoNotFound"})
+            return "", None
+        commit = self.server.tags.get(revision, revision)
+        files = self.server.commits[repository].get(commit)
+        if files is None:
+            self.send(404, b"{}", {"X-Error-Code": "RevisionNotFound"})
+        return commit, files
+
+    def send(self, status: int, content: bytes, headers: dict[str, str]) -> None:
+        self.send_response(status)
+        for name, value in {"Content-Length": str(len(content)), **headers}.items():
+            self.send_header(name, value)
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(content)
+
+    def log_message(self, format: str, *args: Any) -> None:
+        pass
+
+
+@pytest.fixture
+def hub(socket_enabled: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Hub]:
+    """A hub of our own; the client has read its environment by now, so its settings are changed in place."""
+    for name in ("HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy", "HF_TOKEN"):
+        monkeypatch.delenv(name, raising=False)
+    with Hub() as server:
+        endpoint = f"http://127.0.0.1:{server.server_port}"
+        for name, value in {
+            "ENDPOINT": endpoint,
+            "HUGGINGFACE_CO_URL_TEMPLATE": endpoint + "/{repo_id}/resolve/{revision}/{filename}",
+            "HF_HUB_CACHE": str(tmp_path / "cache"),
+            "HF_HUB_OFFLINE": False,
+            "HF_HUB_DISABLE_TELEMETRY": True,
+        }.items():
+            monkeypatch.setattr(huggingface_hub.constants, name, value)
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+        thread.start()
+        yield server
+        server.shutdown()
+        thread.join()
+
+
+@pytest.fixture
+def ours(trained: SoftCompressor, tmp_path: Path) -> Path:
+    """A folder of our layout, with a few files that no adapter has."""
+    folder = tmp_path / "ours"
+    checkpoint.save(trained, folder, measured={"4": {"text": 0.5, "soft": 0.75}})
+    for name in ("modeling.py", "pytorch_model.bin", "merged/model.safetensors"):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_bytes(b"not fetched")
+    return folder
+
+
+def test_ours_loads_from_the_hub_and_then_from_its_cache(
+    hub: Hub, ours: Path, trained: SoftCompressor, backbone: Backbone, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub.push("someone/ours", ours)
+    first = load_adapter(backbone, "someone/ours")
+    assert first.fingerprint == trained.fingerprint
+    wanted = ["config.json", "README.md", *(name for name in checkpoint.FILES if (ours / name).exists())]
+    assert sorted(hub.served) == sorted(wanted)
+    folder = resolve_adapter("someone/ours")
+    assert checkpoint.describe(folder) == checkpoint.describe(ours)
+    assert measured(folder) == {"4": {"text": 0.5, "soft": 0.75}}
+    assert len(hub.served) == len(wanted)
+    hub.shutdown()
+    hub.server_close()
+    for offline in (False, True):
+        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", offline)
+        assert load_adapter(backbone, "someone/ours").fingerprint == trained.fingerprint
+
+
+def test_revisions_and_sub_folders(hub: Hub, ours: Path, trained: SoftCompressor, backbone: Backbone) -> None:
+    several = ours.parent / "several"
+    shutil.copytree(ours, several / "static" / "r=[4]")
+    old = hub.push("someone/several", several, tag="v1")
+    checkpoint.annotate(several / "static" / "r=[4]", {"8": {"text": 0.0, "soft": 1.0}})
+    hub.push("someone/several", several)
+    for name in ("someone/several@v1/static/r=[4]", f"someone/several@{old}/static/r=[4]"):
+        assert measured(resolve_adapter(name)) == {"4": {"text": 0.5, "soft": 0.75}}
+    newest = resolve_adapter("someone/several/static/r=[4]")
+    assert measured(newest) == {"8": {"text": 0.0, "soft": 1.0}}
+    assert load_adapter(backbone, newest).fingerprint == trained.fingerprint
+    with pytest.raises(CheckpointError, match=r"'someone/several'.*name one: OWNER/REPOSITORY/SUB/FOLDER"):
+        resolve_adapter("someone/several")
+
+
+def test_theirs_loads_from_the_hub(hub: Hub, own_sdcc: Path, bases: Path, backbone: Backbone) -> None:
+    for name in ("modeling.py", "encoder/old.bin", "encoder/optimizer.pth"):
+        (own_sdcc / name).write_bytes(b"not fetched")
+    hub.push("someone/theirs", own_sdcc)
+    base = Backbone.from_pretrained(bases / "llama", **CPU)
+    loaded = load_adapter(base, "someone/theirs")
+    assert isinstance(loaded, ForeignCompressor)
+    assert loaded.fingerprint == load_foreign(own_sdcc, **CPU).fingerprint
+    assert "projector.pth" in hub.served
+    assert not {"modeling.py", "encoder/old.bin", "encoder/optimizer.pth"} & set(hub.served)
+    assert measured(resolve_adapter("someone/theirs")) == {}
+
+
+def test_what_is_no_adapter_is_refused_before_its_weights_come(hub: Hub, tiny_model: Path) -> None:
+    hub.push("someone/model", tiny_model)
+    with pytest.raises(CheckpointError, match="'someone/model' must be an adapter"):
+        resolve_adapter("someone/model")
+    assert hub.served == ["config.json"]
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("someone/nothing", "'someone/nothing'.*RepositoryNotFound.*spelling"),
+        ("someone/ours@v9", "'someone/ours@v9'.*RevisionNotFound.*hf download someone/ours"),
+        ("someone/ours/nowhere", "'someone/ours/nowhere' must be an adapter"),
+    ],
+)
+def test_what_the_hub_does_not_have_is_named(hub: Hub, ours: Path, name: str, message: str) -> None:
+    hub.push("someone/ours", ours)
+    with pytest.raises(CheckpointError, match=message):
+        resolve_adapter(name)
+
+
+@pytest.mark.parametrize("offline", [True, False])
+def test_without_a_hub_both_remedies_are_named(
+    hub: Hub, offline: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub.shutdown()
+    hub.server_close()
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", offline)
+    with pytest.raises(CheckpointError, match=r"'someone/ours'.*spelling.*hf download someone/ours"):
+        resolve_adapter("someone/ours")
+
+
+def test_a_download_that_broke_off_is_refused_offline(
+    hub: Hub, ours: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub.push("someone/ours", ours)
+    folder = resolve_adapter("someone/ours")
+    (folder / "converter.safetensors").unlink()
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(CheckpointError, match="hf download someone/ours"):
+        resolve_adapter("someone/ours")
+
+
+def test_names_that_leave_the_snapshot_are_refused(hub: Hub, sdcc: Path, tmp_path: Path) -> None:
+    commit = hub.push("someone/theirs", sdcc)
+    hub.commits["someone/theirs"][commit]["encoder/../../../../outside.json"] = b"{}"
+    with pytest.raises(CheckpointError, match="'someone/theirs@"):
+        resolve_adapter("someone/theirs")
+    assert not list(tmp_path.rglob("outside.json"))
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "nowhere",
+        "./some/where",
+        "../some/where",
+        "/some/where",
+        "~/some/where",
+        "C:\\some\\where",
+        "some/where/../else",
+        "some//where",
+        "some/where/",
+        Path("some/where"),
+    ],
+    ids=str,
+)
+def test_paths_are_not_looked_up_on_the_hub(name: str | Path) -> None:
+    with pytest.raises(CheckpointError, match="where there is no folder; check the path"):
+        resolve_adapter(name)
+
+
+def test_a_local_folder_is_no_name(
+    ours: Path, sdcc: Path, backbone: Backbone, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(ours.parent.parent)
+    assert load_adapter(backbone, f"{ours.parent.name}/ours").fingerprint
+    assert [measured(folder) for folder in (ours, sdcc)] == [{"4": {"text": 0.5, "soft": 0.75}}, {}]
+
+
+# -------------------------------------------------------------------------------------- theirs on our base
+
+
+def test_the_resident_base_wears_their_decoder(sdcc: Path, bases: Path) -> None:
+    base = Backbone.from_pretrained(bases / "llama", **CPU)
+    loaded = load_adapter(base, sdcc)
+    query = "model.layers.0.self_attn.q_proj"
+    worn = loaded.decoder_model.get_parameter(f"{query}.base_layer.weight")
+    assert worn is base.model.get_parameter(f"{query}.weight")
+    assert loaded.fingerprint == load_foreign(sdcc, **CPU).fingerprint
+
+
+def test_whole_decoders_are_loaded_beside_the_base(lclm: Path, bases: Path, backbone: Backbone) -> None:
+    # The tiny model's vocabulary is the start of theirs.
+    loaded = load_adapter(backbone, lclm)
+    assert loaded.decoder.name == str(lclm / "decoder")
+    assert loaded.fingerprint == load_foreign(lclm, **CPU).fingerprint
+
+
+@pytest.mark.parametrize("role", ["encoder", "decoder"])
+def test_another_vocabulary_is_refused(role: str, own_lclm: Path, backbone: Backbone) -> None:
+    file = own_lclm / role / "tokenizer.json"
+    tokenizer = json.loads(file.read_text(encoding="utf-8"))
+    vocabulary = tokenizer["model"]["vocab"]
+    vocabulary["a"], vocabulary["b"] = vocabulary["b"], vocabulary["a"]
+    file.write_text(json.dumps(tokenizer), encoding="utf-8")
+    with pytest.raises(CheckpointError, match=f"the {role} of .* got another vocabulary"):
+        load_adapter(backbone, own_lclm)
+
+
+def test_another_known_model_is_refused(own_sdcc: Path, bases: Path) -> None:
+    edit(own_sdcc / "config.json", base_decoder_model_path="/share/models/Qwen3-4B-Instruct-2507")
+    base = Backbone.from_pretrained(bases / "llama", **CPU)
+    assert load_adapter(base, own_sdcc).fingerprint  # a folder may have any name
+    base.name = "Qwen/Qwen3-4B"
+    with pytest.raises(CheckpointError, match="trained on Qwen/Qwen3-4B-Instruct-2507, got 'Qwen/Qwen3-4B'"):
+        load_adapter(base, own_sdcc)
