@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from ctxcompress import Backbone, pooling, reference, selector
+from ctxcompress.backbone import splice
 from ctxcompress.config import SoftConfig
 from ctxcompress.pooling import pool
-from ctxcompress.backbone import splice
 from ctxcompress.selector import select_length, select_ratio
 from ctxcompress.soft import Converter, Features, SoftCompressor
 

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from ctxcompress import reference
+from ctxcompress.backbone import splice
 from ctxcompress.errors import InputError
 from ctxcompress.pooling import pool, windows
-from ctxcompress.backbone import splice
 from ctxcompress.selector import Selection, select_length, select_ratio
 from ctxcompress.soft import Converter, Features
 

@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ctxcompress import Backbone
-from ctxcompress.pooling import pool, windows
 from ctxcompress.backbone import splice
+from ctxcompress.pooling import pool, windows
 from ctxcompress.prompt import length, question_prompt
 from ctxcompress.selector import select_length, select_ratio
 

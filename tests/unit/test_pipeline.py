@@ -174,7 +174,11 @@ WRONG: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"documents": TEXTS, "query": "q", "compression_ratio": math.nan}, ConfigError, "got nan"),
     ({"documents": TEXTS, "query": "q", "compression_ratio": -1}, ConfigError, "got -1"),
     ({"documents": TEXTS, "query": "q"}, ConfigError, "got none"),
-    ({"documents": TEXTS, "query": "q", "budget": 9, "compression_ratio": 2}, ConfigError, "got budget and compression_ratio"),
+    (
+        {"documents": TEXTS, "query": "q", "budget": 9, "compression_ratio": 2},
+        ConfigError,
+        "got budget and compression_ratio",
+    ),
     ({"documents": TEXTS, "query": "q", "budget": 9, "mode": "soft"}, ConfigError, "train one with"),
     ({"documents": TEXTS, "query": "q", "budget": 9, "mode": "hard"}, ConfigError, "mode must be one of"),
     (
