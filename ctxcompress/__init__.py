@@ -21,12 +21,22 @@ if TYPE_CHECKING:
         InputError,
         MissingExtraError,
         ModelError,
+        StoreError,
+        StoreWarning,
     )
     from ctxcompress.methods.dac import DAC
     from ctxcompress.methods.dast import DAST
     from ctxcompress.pipeline import ContextCompressor
     from ctxcompress.soft import SoftCompressor
-    from ctxcompress.types import Answer, CompressedDocument, CompressionResult, Document, SoftTokens
+    from ctxcompress.store import SoftTokenStore
+    from ctxcompress.types import (
+        Answer,
+        CompressedChunk,
+        CompressedDocument,
+        CompressionResult,
+        Document,
+        SoftTokens,
+    )
 
 __version__ = "0.1.0"
 
@@ -35,6 +45,7 @@ _HOMES = {
     "Answer": "types",
     "Backbone": "backbone",
     "Calibration": "calibration",
+    "CompressedChunk": "types",
     "CompressedDocument": "types",
     "CompressionResult": "types",
     "CheckpointError": "errors",
@@ -54,7 +65,10 @@ _HOMES = {
     "ModelError": "errors",
     "SoftCompressor": "soft",
     "SoftConfig": "config",
+    "SoftTokenStore": "store",
     "SoftTokens": "types",
+    "StoreError": "errors",
+    "StoreWarning": "errors",
 }
 
 __all__ = [
@@ -66,6 +80,7 @@ __all__ = [
     "Calibration",
     "CheckpointError",
     "Completion",
+    "CompressedChunk",
     "CompressedDocument",
     "CompressionResult",
     "ConfigError",
@@ -81,7 +96,10 @@ __all__ = [
     "ModelError",
     "SoftCompressor",
     "SoftConfig",
+    "SoftTokenStore",
     "SoftTokens",
+    "StoreError",
+    "StoreWarning",
     "__version__",
 ]
 
