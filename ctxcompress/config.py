@@ -46,7 +46,7 @@ class DASTConfig:
     ppl_sign: Literal[-1, 1] = -1
     temperature: float | None = None
     prior: Prior = "retriever"
-    window_share: float = 0.03
+    window_share: float = 0.02
 
     def __post_init__(self) -> None:
         one_of("dast mode", self.mode, DASTMode)

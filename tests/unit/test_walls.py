@@ -40,6 +40,7 @@ ORDER = [
     "allocators",
     "store",
     "indexing",
+    "shrink",
     "decoder",
     "pipeline",
     "tasks",
