@@ -126,6 +126,24 @@ def test_last_token_reads_only_the_last_question_token(backbone: Backbone) -> No
     assert not torch.allclose(last, mean)
 
 
+@pytest.mark.parametrize("documents", [1, 3, 12])
+def test_embeddings_are_read_like_the_tokens_they_stand_for(backbone: Backbone, documents: int) -> None:
+    texts = [ids_of(30, seed) for seed in range(documents)]  # 12 of them take several windows
+    embed = backbone.model.get_input_embeddings()
+    rows = [embed(torch.tensor(text)).detach() for text in texts]
+    mixed = [row if place % 2 == 0 else texts[place] for place, row in enumerate(rows)]
+    for own in (rows, mixed):
+        read = backbone.read_queries(own, [ids_of(7), ids_of(4)], prefix=ids_of(5))
+        plain = backbone.read_queries(texts, [ids_of(7), ids_of(4)], prefix=ids_of(5))
+        torch.testing.assert_close(read.mass_QLHN, plain.mass_QLHN, atol=1e-6, rtol=1e-5)
+
+
+def test_nll_alone_is_that_of_the_signals(backbone: Backbone) -> None:
+    texts = [ids_of(length) for length in (*LENGTHS, 600)] + [[]]
+    for alone, signals in zip(backbone.token_nll(texts), backbone.token_signals(texts), strict=True):
+        torch.testing.assert_close(alone, signals.nll_T, atol=1e-5, rtol=1e-5)
+
+
 def test_more_documents_than_the_window_holds(backbone: Backbone) -> None:
     documents = [ids_of(length, length) for length in (100, 90, 80, 300, 7)]
     reading = backbone.read_queries(documents, [ids_of(9)], prefix=ids_of(4), with_nll=True)

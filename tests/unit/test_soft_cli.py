@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -135,3 +136,34 @@ def test_an_evaluation_makes_a_page(tiny_model: Path, adapter: Path, tmp_path: P
     page = (tmp_path / "report/index.html").read_text(encoding="utf-8")
     assert page.count("soft:semi_dynamic") > 1
     assert len(list((tmp_path / "report/runs").glob("*.json"))) == 3
+
+
+def test_heads_are_calibrated_on_soft_tokens_and_used(
+    tiny_model: Path, adapter: Path, tmp_path: Path
+) -> None:
+    words = ["river", "castle", "engine", "violin", "planet", "harbour", "forest", "desert", "island"]
+    words += ["bridge", "tower", "valley"]
+    records = [
+        {
+            "id": str(place),
+            "question": f"Where is the {word}?",
+            "answers": ["north"],
+            "documents": [
+                {"title": other, "text": f"The {other} is in the north.", "is_gold": other == word}
+                for other in words[:4] + [word] * (word not in words[:4])
+            ],
+        }
+        for place, word in enumerate(words)
+    ]
+    task = tmp_path / "task.jsonl"
+    task.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+    own = tmp_path / "adapter"
+    shutil.copytree(adapter, own)
+    command = ("calibrate", "--task", task, "--model", tiny_model, "--adapter", own)
+    soft = ran(*command, "--mode", "soft", "--output", own / "calibration.json")
+    text = ran(*command, "--output", tmp_path / "text.json")
+    assert (soft["mode"], text["mode"]) == ("soft", "text")
+    assert soft["held_out_loss_by_heads"] != text["held_out_loss_by_heads"]
+    compressor = ContextCompressor.from_pretrained(tiny_model, device="cpu", adapter=own)
+    assert [list(head) for head in compressor.soft_dast.calibration.heads] == soft["heads"]
+    assert compressor.dast.calibration != compressor.soft_dast.calibration
