@@ -562,6 +562,26 @@ def convert(
     return [soft + word * math.sqrt(count) for soft, word in zip(learned, embedding, strict=True)]
 
 
+def fitted_scale(
+    log2_ratios: Sequence[float], tokens: Sequence[int], ratio_set: Sequence[int], budget: int
+) -> list[int]:
+    """Ratios at the gentlest dial that fits: every point where a choice changes is tried, from the left.
+
+    Example:
+        >>> fitted_scale([1.0, 3.0], [64, 64], [2, 4, 8, 16, 32], 20)
+        [4, 16]
+    """
+    ratios = sorted(ratio_set)
+    halfway = [(math.log2(low) + math.log2(high)) / 2 for low, high in pairwise(ratios)]
+    steps = sorted({half - log2_ratio for half in halfway for log2_ratio in log2_ratios})
+    dials = [steps[0] - 1, *((low + high) / 2 for low, high in pairwise(steps))]
+    for dial in [*dials, steps[-1] + 1]:
+        chosen = [select_ratio(log2_ratio, ratio_set, ratio_scale=dial) for log2_ratio in log2_ratios]
+        if sum(math.ceil(count / ratio) for count, ratio in zip(tokens, chosen, strict=True)) <= budget:
+            return chosen
+    raise ValueError("even the largest ratio exceeds the budget")
+
+
 def splice(segments: Sequence[Sequence[int | Vector]], table: Sequence[Vector]) -> list[list[float]]:
     """Rows of a prompt: a token id is looked up in the embedding table, a soft token is its own row.
 

@@ -135,13 +135,13 @@ def learning_rate(recipe: Recipe, step: int) -> float:
 
 def _accelerator(recipe: Recipe) -> Any:
     try:
-        from accelerate import Accelerator, DistributedDataParallelKwargs, PartialState
+        from accelerate import Accelerator, DistributedDataParallelKwargs
     except ModuleNotFoundError as error:
         raise MissingExtraError("accelerate", "train") from error
     # accelerate itself says nothing when it cannot write events.
     if recipe.tensorboard and importlib.util.find_spec("tensorboard") is None:
         raise MissingExtraError("tensorboard", "tensorboard")
-    place = PartialState().device
+    place = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     return Accelerator(
         # Adapters stay float32 but multiply in bfloat16 where the base does: a fifth faster on a CPU.
         mixed_precision="bf16" if native_dtype(place) == torch.bfloat16 else "no",

@@ -14,7 +14,7 @@ from ctxcompress import Backbone, pooling, reference, selector
 from ctxcompress.backbone import splice
 from ctxcompress.config import SoftConfig
 from ctxcompress.pooling import pool
-from ctxcompress.selector import select_length, select_ratio
+from ctxcompress.selector import fitted_scale, select_length, select_ratio
 from ctxcompress.soft import Converter, Features, SoftCompressor
 
 CASES = 300
@@ -100,6 +100,19 @@ def test_selector(space: str) -> None:
         assert select_length(log2_ratio, tokens, legal, **settings).value == reference.select_length(
             log2_ratio, tokens, legal, **settings
         ), case
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_fitted_scale(seed: int) -> None:
+    draw = random.Random(seed)
+    count = draw.randint(1, 12)
+    log2_ratios = [draw.uniform(-1, 6) for _ in range(count)]
+    tokens = [draw.randint(1, 300) for _ in range(count)]
+    least = sum(-(-n // 32) for n in tokens)
+    for budget in (least, draw.randint(least, sum(tokens)), sum(tokens)):
+        _, chosen = fitted_scale(log2_ratios, tokens, (1, 2, 4, 8, 16, 32), budget)
+        slow = reference.fitted_scale(log2_ratios, tokens, [1, 2, 4, 8, 16, 32], budget)
+        assert [one.value for one in chosen] == slow
 
 
 def random_converter(residual: bool) -> Converter:

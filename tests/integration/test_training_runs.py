@@ -44,7 +44,7 @@ from ctxcompress.train.recipe import Recipe
 
 recipe, fault = Recipe.read(Path(sys.argv[1])), sys.argv[2]
 
-def die(*_):
+def die(*_, **__):
     os.kill(os.getpid(), signal.SIGKILL)
 
 def progress(stage, done, total):
