@@ -210,14 +210,14 @@ def annotate(folder: str | os.PathLike[str], measured: Mapping[str, Mapping[str,
     write_atomically(path / "config.json", (json.dumps(description, indent=1) + "\n").encode())
 
 
-def calibration(folder: str | os.PathLike[str] | None) -> Calibration | None:
+def calibration(folder: Path) -> Calibration | None:
     """The retrieval heads and weights fitted to an adapter's soft tokens; None if there are none.
 
     Raises:
         ModelError: the file is damaged.
     """
-    file = None if folder is None else Path(folder) / _CALIBRATION
-    return Calibration.load(file) if file is not None and file.exists() else None
+    file = folder / _CALIBRATION
+    return Calibration.load(file) if file.exists() else None
 
 
 def shipped() -> Path | None:

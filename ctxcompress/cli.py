@@ -274,6 +274,7 @@ def evaluate(
                     "dast": to_dict(dast),
                     "dac": to_dict(DACConfig()),
                     "calibration": calibrated.settings,
+                    "soft_calibration": compressor.soft_dast.calibration.settings if soft else None,
                     "budget_temperature": BUDGET_TEMPERATURE,
                     "adapter": compressor.soft.fingerprint if soft else None,
                     "embedder": embedder,

@@ -51,6 +51,7 @@ class SoftShrink:
         self._indexer = indexer
         self._soft = indexer.soft
         self._ratios = (1, *self._soft.config.ratio_set)
+        self._space = self._soft.config.ratio_space
         self._weigher = weigher
         self._budget = budget
         self._compression_ratio = compression_ratio
@@ -103,7 +104,10 @@ class SoftShrink:
         """The budget, the dial if ratios were asked for, and soft tokens of each chunk."""
         if self._ratio_scale is not None:
             wishes = [] if worth is None else _wishes(worth)
-            chosen = [select_ratio(wish, self._ratios, ratio_scale=self._ratio_scale) for wish in wishes]
+            chosen = [
+                select_ratio(wish, self._ratios, ratio_scale=self._ratio_scale, space=self._space)
+                for wish in wishes
+            ]
             sizes = [self._soft.size(n, one.value) for n, one in zip(tokens, chosen, strict=True)]
             return max(sum(sizes), 1), self._ratio_scale, sizes
         budget = self._budget
@@ -134,6 +138,7 @@ class SoftShrink:
             [tokens[place] for place in kept],
             self._ratios,
             budget,
+            space=self._space,
             size=self._soft.size,
         )
         sizes = [0] * len(tokens)

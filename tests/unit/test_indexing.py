@@ -223,6 +223,22 @@ def test_a_budget_below_the_least_says_what_works(pipeline: ContextCompressor, a
     assert any(not chunk.tokens_after for document in dropped.documents for chunk in document.chunks)
 
 
+def test_the_dial_counts_distances_as_the_adapter_says(backbone: Backbone, tmp_path: Path) -> None:
+    # 2^1.55 = 2.93: halfway from 2 to 4 is 2.83 in logarithms, and 3 in numbers.
+    chosen = {}
+    for space in ("log", "linear"):
+        soft = compressor_of(backbone, ratio_space=space)
+        with torch.no_grad():
+            soft.ratio_head.weight.zero_()
+            soft.ratio_head.bias.fill_(1.55)
+        soft.finish()
+        checkpoint.save(soft, tmp_path / space)
+        compressor = ContextCompressor(backbone, adapter=tmp_path / space)
+        result = compressor.compress([TEXTS[0][:40]], ratio_scale=0.0, mode="soft", allocator="semi_dynamic")
+        (chosen[space],) = (chunk.soft.ratio for chunk in result.documents[0].chunks if chunk.soft)
+    assert chosen == {"log": 4, "linear": 2}
+
+
 def test_document_budgets_are_sums_of_their_chunks(pipeline: ContextCompressor) -> None:
     result = pipeline.compress([" ".join(TEXTS) * 3, TEXTS[0]], QUERY, budget=90, mode="soft")
     assert len(result.documents[0].chunks) > 4
