@@ -9,7 +9,7 @@ import pytest
 import torch
 from pytest_socket import disable_socket
 
-from ctxcompress import Backbone, ContextCompressor
+from ctxcompress import Backbone, ContextCompressor, SoftCompressor, SoftConfig, checkpoint
 
 torch.set_num_threads(1)  # tiny models: threads cost more than they bring, and tests often share a machine
 
@@ -75,6 +75,26 @@ def backbone(tiny_model: Path) -> Backbone:
 def compressor(backbone: Backbone) -> ContextCompressor:
     """A compressor with default settings around the tiny model."""
     return ContextCompressor(backbone)
+
+
+@pytest.fixture(scope="session")
+def tiny_adapter(backbone: Backbone, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a random soft-token adapter for the tiny model."""
+    folder = tmp_path_factory.mktemp("tiny-adapter")
+    torch.manual_seed(0)
+    soft = SoftCompressor(
+        backbone,
+        SoftConfig(ratio_set=(2, 4, 8), window=128, encoder_layers=2, converter_size=32, encoder_rank=4),
+    )
+    soft.finish()
+    checkpoint.save(soft, folder)
+    return folder
+
+
+@pytest.fixture
+def soft_compressor(backbone: Backbone, tiny_adapter: Path) -> ContextCompressor:
+    """A compressor with that adapter, and a store of its own."""
+    return ContextCompressor(backbone, adapter=tiny_adapter)
 
 
 @pytest.fixture(scope="session")

@@ -19,7 +19,8 @@ from pathlib import Path
 
 import torch
 
-from ctxcompress.store import SoftTokenStore, StoredChunk, StoredDocument, StoreDtype
+from ctxcompress.store import SoftTokenStore
+from ctxcompress.stored import StoredChunk, StoredDocument, StoreDtype
 
 LOOKUP = 10  # documents of one query
 

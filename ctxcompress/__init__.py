@@ -13,7 +13,8 @@ if TYPE_CHECKING:
     from ctxcompress.backbone import Backbone
     from ctxcompress.calibration import Calibration
     from ctxcompress.config import AllocatorName, DACConfig, DASTConfig, Mode, SoftConfig
-    from ctxcompress.decoder import Completion, LocalDecoder
+    from ctxcompress.decoder import Completion, Decoder, LocalDecoder
+    from ctxcompress.display import BudgetTable
     from ctxcompress.errors import (
         CheckpointError,
         ConfigError,
@@ -21,12 +22,16 @@ if TYPE_CHECKING:
         InputError,
         MissingExtraError,
         ModelError,
+        ServingError,
         StoreError,
         StoreWarning,
     )
     from ctxcompress.methods.dac import DAC
     from ctxcompress.methods.dast import DAST
     from ctxcompress.pipeline import ContextCompressor
+    from ctxcompress.prompt import question_content
+    from ctxcompress.references import placeholder
+    from ctxcompress.remote import VLLMDecoder
     from ctxcompress.soft import SoftCompressor
     from ctxcompress.store import SoftTokenStore
     from ctxcompress.types import (
@@ -35,8 +40,11 @@ if TYPE_CHECKING:
         CompressedDocument,
         CompressionResult,
         Document,
+        Order,
         SoftTokens,
+        arranged,
     )
+    from ctxcompress.vectors import faiss_index
 
 __version__ = "0.1.0"
 
@@ -44,6 +52,7 @@ _HOMES = {
     "AllocatorName": "config",
     "Answer": "types",
     "Backbone": "backbone",
+    "BudgetTable": "display",
     "Calibration": "calibration",
     "CompressedChunk": "types",
     "CompressedDocument": "types",
@@ -57,18 +66,26 @@ _HOMES = {
     "DACConfig": "config",
     "DAST": "methods.dast",
     "DASTConfig": "config",
+    "Decoder": "decoder",
     "Document": "types",
     "InputError": "errors",
     "LocalDecoder": "decoder",
     "MissingExtraError": "errors",
     "Mode": "config",
     "ModelError": "errors",
+    "Order": "types",
+    "ServingError": "errors",
     "SoftCompressor": "soft",
     "SoftConfig": "config",
     "SoftTokenStore": "store",
     "SoftTokens": "types",
     "StoreError": "errors",
     "StoreWarning": "errors",
+    "VLLMDecoder": "remote",
+    "arranged": "types",
+    "faiss_index": "vectors",
+    "placeholder": "references",
+    "question_content": "prompt",
 }
 
 __all__ = [
@@ -77,6 +94,7 @@ __all__ = [
     "AllocatorName",
     "Answer",
     "Backbone",
+    "BudgetTable",
     "Calibration",
     "CheckpointError",
     "Completion",
@@ -88,19 +106,27 @@ __all__ = [
     "CtxCompressError",
     "DACConfig",
     "DASTConfig",
+    "Decoder",
     "Document",
     "InputError",
     "LocalDecoder",
     "MissingExtraError",
     "Mode",
     "ModelError",
+    "Order",
+    "ServingError",
     "SoftCompressor",
     "SoftConfig",
     "SoftTokenStore",
     "SoftTokens",
     "StoreError",
     "StoreWarning",
+    "VLLMDecoder",
     "__version__",
+    "arranged",
+    "faiss_index",
+    "placeholder",
+    "question_content",
 ]
 
 

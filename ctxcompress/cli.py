@@ -240,9 +240,10 @@ def evaluate(
 
     from ctxcompress.calibration import BUDGET_TEMPERATURE
     from ctxcompress.embedder import Embedder
-    from ctxcompress.evaluate.report import add_run, write_report
+    from ctxcompress.evaluate.report import write_report
     from ctxcompress.evaluate.runner import EvaluationConfig, read_records
     from ctxcompress.evaluate.runner import evaluate as run
+    from ctxcompress.evaluate.runs import add_run
     from ctxcompress.tasks import read_task
 
     with _reported():
@@ -335,6 +336,30 @@ def card(
 
 
 @app.command()
+def export(
+    folder: Annotated[
+        Path,
+        typer.Argument(file_okay=False, help="Where to write it; files of the same names are replaced."),
+    ],
+    adapter: Adapter = EMBEDDED,
+    model: Model = EMBEDDED,
+    as_json: AsJson = False,
+) -> None:
+    """Write an adapter's decoder as a plain Hugging Face model, to be served by vLLM."""
+    from ctxcompress.foreign import export_merged
+
+    with _reported():
+        with _progress() as report:
+            soft = _loaded(report, model, None, 0, adapter=adapter).soft
+            export_merged(soft, folder)
+        if as_json:
+            _print_json({"folder": str(folder), "fingerprint": soft.fingerprint})
+        else:
+            reads = f"reads soft tokens of {soft.fingerprint}"
+            output.print(f"decoder ({reads}) -> {folder}", markup=False, highlight=False)
+
+
+@app.command()
 def synthesize(
     texts: Annotated[list[str], typer.Argument(help='Files of texts, {"text"} a line: .jsonl or .jsonl.xz.')],
     output_file: Annotated[Path, typer.Option("--output", help="JSON lines, appended to.")],
@@ -371,7 +396,7 @@ def fit_ratio_head(
     texts: Annotated[
         list[str], typer.Argument(help='Files of texts; with "log2_ratio" a line if a teacher said.')
     ],
-    limit: Limit = 2000,
+    limit: Annotated[int | None, typer.Option(help="Texts to read.")] = 2000,
     tokens: Annotated[int, typer.Option(help="Longest piece of a text that is judged, in tokens.")] = 48,
     tolerance: Annotated[float, typer.Option(help="Loss a label allows, in nats per token.")] = 0.5,
     model: Model = EMBEDDED,

@@ -1,4 +1,4 @@
-"""Prompt -> answer with a model in this process: whole, in batches, or piece by piece.
+"""Prompt -> answer: whole, in batches, or piece by piece; here with a model in this process.
 
 A prompt is token ids and soft tokens, as `ctxcompress.prompt` makes it. What comes out depends on the
 arguments alone: of the model's own generation settings only its end tokens count, and sampling draws from
@@ -17,6 +17,7 @@ import queue
 import re
 import secrets
 import threading
+from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator, Callable, Generator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -56,10 +57,55 @@ class Completion:
     finish_reason: Literal["stop", "length"] = "stop"
 
 
-class LocalDecoder:
-    """Generates with a backbone's own model: no second copy of the weights; any number of threads at once.
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """How to generate; see `Decoder`."""
 
-    All methods take the same settings:
+    max_new_tokens: int
+    temperature: float
+    top_p: float
+    seed: int | None
+    stop: tuple[str, ...]
+
+    def __post_init__(self) -> None:
+        if not (_is_whole(self.max_new_tokens) and self.max_new_tokens >= 1):
+            raise ConfigError(f"max_new_tokens must be a whole number >= 1, got {self.max_new_tokens!r}")
+        if not (math.isfinite(self.temperature) and self.temperature >= 0):
+            raise ConfigError(
+                f"temperature must be finite and >= 0, got {self.temperature}; 0 takes the likeliest token"
+            )
+        if not 0 < self.top_p <= 1:
+            raise ConfigError(f"top_p must be in (0, 1], got {self.top_p}; 1 samples from all tokens")
+        if self.seed is not None and not (_is_whole(self.seed) and 0 <= self.seed < 2**63):
+            raise ConfigError(f"seed must be a whole number from 0 to 2**63 - 1 or None, got {self.seed!r}")
+        if not all(isinstance(string, str) and string for string in self.stop):
+            raise ConfigError(f"stop strings must be strings that are not empty, got {self.stop!r}")
+
+
+@dataclass(frozen=True, slots=True)
+class CheckedPrompt:
+    """A prompt that a decoder can read, and how errors call it."""
+
+    name: str
+    parts: list[Ids | Tensor]
+    tokens: int
+    soft_tokens: int
+
+    def check_window(self, window: int, settings: Settings) -> None:
+        """Refuse what does not fit.
+
+        Raises:
+            InputError: prompt and completion together exceed `window` tokens.
+        """
+        if self.tokens + settings.max_new_tokens > window:
+            raise InputError(
+                f"{self.name} and answer must fit the model's window of {window} tokens, got {self.tokens} + "
+                f"{settings.max_new_tokens}; lower the budget or max_new_tokens"
+            )
+
+
+class Decoder(ABC):
+    """Continues prompts, wherever the model is; all methods take the same settings.
 
     - `max_new_tokens`: longest completion, >= 1.
     - `temperature`: 0 takes the likeliest token; higher is more varied.
@@ -68,20 +114,16 @@ class LocalDecoder:
     - `stop`: a string or strings to end at, which are not part of the text. They are sought in text without
       control tokens.
 
+    Any number of threads may call it at once.
+
     Args:
-        backbone: the model.
-        fingerprint: of the soft tokens this model was trained to read; others are refused.
+        backbone: with the tokenizer and the token embeddings of the model that generates.
+        fingerprint: of the soft tokens that model was trained to read; others are refused.
     """
 
     def __init__(self, backbone: Backbone, fingerprint: str = "") -> None:
         self._backbone = backbone
         self._fingerprint = fingerprint
-        # The same modules without the model's generation settings: transformers would add them to ours.
-        self._model = copy.copy(backbone.model)
-        self._model.generation_config = GenerationConfig()
-        ends = backbone.model.generation_config.eos_token_id
-        ends = [*ends] if isinstance(ends, (list, tuple)) else [ends]
-        self._ends = {end for end in (*ends, backbone.tokenizer.eos_token_id) if end is not None}
 
     def generate(
         self,
@@ -100,9 +142,10 @@ class LocalDecoder:
             InputError: the prompt is empty, no prompt at all, holds NaN, or exceeds the model's window
                 together with the completion.
             CheckpointError: soft tokens of another decoder.
+            ServingError: a server that generates gave no usable answer.
         """
-        settings = _Settings(max_new_tokens, temperature, top_p, seed, _strings(stop))
-        return self._run(self._checked([prompt], settings), settings)[0]
+        settings = Settings(max_new_tokens, temperature, top_p, seed, _strings(stop))
+        return self._complete(self._checked([prompt], settings), settings)[0]
 
     def generate_batch(
         self,
@@ -114,17 +157,13 @@ class LocalDecoder:
         seed: int | None = None,
         stop: str | Sequence[str] = (),
     ) -> list[Completion]:
-        """`generate` for many prompts, those of similar length together.
+        """`generate` for many prompts, several at a time.
 
         Returns:
             One completion per prompt, in order: those of one by one, up to rounding of the model's dtype.
         """
-        settings = _Settings(max_new_tokens, temperature, top_p, seed, _strings(stop))
-        checked = self._checked(prompts, settings)
-        done: dict[int, Completion] = {}
-        for places in batches([prompt.tokens + max_new_tokens for prompt in checked]):
-            done |= zip(places, self._run([checked[place] for place in places], settings), strict=True)
-        return [done[place] for place in range(len(checked))]
+        settings = Settings(max_new_tokens, temperature, top_p, seed, _strings(stop))
+        return self._complete(self._checked(prompts, settings), settings)
 
     def stream(
         self,
@@ -135,17 +174,18 @@ class LocalDecoder:
         top_p: float = 1.0,
         seed: int | None = None,
         stop: str | Sequence[str] = (),
+        on_end: Callable[[Completion], None] | None = None,
     ) -> Generator[str, None, None]:
         """Pieces of `generate(...).text` as they are sure; joined, they are that text.
 
-        The model runs in a thread that begins with the first piece asked for. Closing the iterator ends it
-        after the token it is at.
+        Work begins with the first piece asked for. Closing the iterator ends it. After the last piece,
+        `on_end` is told what `generate` would have returned.
 
         Raises:
             CtxCompressError: as `generate`, before the first piece.
         """
-        settings = _Settings(max_new_tokens, temperature, top_p, seed, _strings(stop))
-        return self._pieces(self._checked([prompt], settings), settings)
+        settings = Settings(max_new_tokens, temperature, top_p, seed, _strings(stop))
+        return _told(self._pieces(self._checked([prompt], settings)[0], settings), on_end)
 
     async def agenerate(
         self,
@@ -157,13 +197,9 @@ class LocalDecoder:
         seed: int | None = None,
         stop: str | Sequence[str] = (),
     ) -> Completion:
-        """`generate` in a worker thread, so that an event loop goes on; cancelling it ends the work too."""
-        settings = _Settings(max_new_tokens, temperature, top_p, seed, _strings(stop))
-        checked, listener = self._checked([prompt], settings), _Listener()
-        try:
-            return (await asyncio.to_thread(self._run, checked, settings, listener))[0]
-        finally:
-            listener.gone.set()
+        """`generate` for an event loop, which goes on meanwhile; cancelling the task ends the work."""
+        settings = Settings(max_new_tokens, temperature, top_p, seed, _strings(stop))
+        return await self._acomplete(self._checked([prompt], settings)[0], settings)
 
     def astream(
         self,
@@ -174,101 +210,51 @@ class LocalDecoder:
         top_p: float = 1.0,
         seed: int | None = None,
         stop: str | Sequence[str] = (),
+        on_end: Callable[[Completion], None] | None = None,
     ) -> AsyncGenerator[str, None]:
         """`stream` for an event loop; cancelling the task or closing the iterator ends the work."""
-        settings = _Settings(max_new_tokens, temperature, top_p, seed, _strings(stop))
-        return self._apieces(self._checked([prompt], settings), settings)
+        settings = Settings(max_new_tokens, temperature, top_p, seed, _strings(stop))
+        return _atold(self._apieces(self._checked([prompt], settings)[0], settings), on_end)
 
-    def _pieces(self, checked: list[_Checked], settings: _Settings) -> Generator[str, None, None]:
-        news: queue.SimpleQueue[_News] = queue.SimpleQueue()
-        gone = self._in_thread(checked, settings, news.put)
-        try:
-            while (piece := _piece(news.get())) is not None:
-                yield piece
-        finally:
-            gone.set()
+    @abstractmethod
+    def _complete(self, prompts: list[CheckedPrompt], settings: Settings) -> list[Completion]:
+        """One completion per prompt, in order."""
 
-    async def _apieces(self, checked: list[_Checked], settings: _Settings) -> AsyncGenerator[str, None]:
-        news: asyncio.Queue[_News] = asyncio.Queue()
-        loop = asyncio.get_running_loop()
+    @abstractmethod
+    def _pieces(self, prompt: CheckedPrompt, settings: Settings) -> Generator[str | Completion, None, None]:
+        """Pieces of text, then the whole; a generator function, so that nothing happens before the first."""
 
-        def put(item: _News) -> None:
-            # A loop that was closed in the meantime has no one left to tell.
-            with contextlib.suppress(RuntimeError):
-                loop.call_soon_threadsafe(news.put_nowait, item)
+    @abstractmethod
+    async def _acomplete(self, prompt: CheckedPrompt, settings: Settings) -> Completion:
+        """`_complete` of one prompt."""
 
-        gone = self._in_thread(checked, settings, put)
-        try:
-            while (piece := _piece(await news.get())) is not None:
-                yield piece
-        finally:
-            gone.set()
+    @abstractmethod
+    def _apieces(self, prompt: CheckedPrompt, settings: Settings) -> AsyncGenerator[str | Completion, None]:
+        """`_pieces` for an event loop."""
 
-    def _in_thread(
-        self, checked: list[_Checked], settings: _Settings, put: Callable[[_News], None]
-    ) -> threading.Event:
-        """Start a generation that puts its pieces, then None or the error that ended it.
+    def _checked(self, prompts: Sequence[Prompt], settings: Settings) -> list[CheckedPrompt]:
+        """The prompts as this decoder reads them.
 
-        Returns:
-            What to set when nobody listens any more.
+        Raises:
+            InputError: see `generate`.
+            CheckpointError: soft tokens of another decoder.
         """
-        listener = _Listener(put)
-
-        def work() -> None:
-            try:
-                self._run(checked, settings, listener)
-                put(None)
-            except BaseException as error:
-                # Whatever it is, the reader waits for it.
-                put(error)
-
-        threading.Thread(target=work, name="ctxcompress-stream").start()
-        return listener.gone
-
-    @torch.inference_mode()
-    def _run(
-        self, prompts: list[_Checked], settings: _Settings, listener: _Listener | None = None
-    ) -> list[Completion]:
-        """One batch, which the caller has cut to size."""
-        embed = self._model.get_input_embeddings()
-        rows = [splice(prompt.parts, embed) for prompt in prompts]
-        # Padding stands on the left, so that all rows continue at one place; positions follow from the mask.
-        embeds_BTD = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_side="left")
-        lengths_B = torch.tensor([len(row) for row in rows], device=embeds_BTD.device)
-        places_T = torch.arange(embeds_BTD.shape[1], 0, -1, device=embeds_BTD.device)
-        answers = [_Answer(self._backbone.tokenizer, self._ends, settings, listener) for _ in prompts]
-        self._model.generate(
-            inputs_embeds=embeds_BTD,
-            attention_mask=(places_T <= lengths_B[:, None]).long(),
-            generation_config=GenerationConfig(max_new_tokens=settings.max_new_tokens, do_sample=False),
-            logits_processor=[_Sampler(settings, len(rows))] if settings.temperature else [],
-            stopping_criteria=[_Follower(answers, listener)],
-        )
-        return [
-            Completion(answer.text, prompt.tokens, answer.tokens, prompt.soft_tokens, answer.finish_reason)
-            for prompt, answer in zip(prompts, answers, strict=True)
-        ]
-
-    def _checked(self, prompts: Sequence[Prompt], settings: _Settings) -> list[_Checked]:
         return [
             self._checked_prompt(prompt, settings, f"prompt {place}" if len(prompts) > 1 else "prompt")
             for place, prompt in enumerate(prompts)
         ]
 
-    def _checked_prompt(self, prompt: Prompt, settings: _Settings, name: str) -> _Checked:
+    def _checked_prompt(self, prompt: Prompt, settings: Settings, name: str) -> CheckedPrompt:
         parts = [self._checked_part(part, name) for part in prompt]
-        window, tokens = self._backbone.window, length(parts)
-        if not tokens:
+        soft_tokens = sum(len(part) for part in prompt if isinstance(part, SoftTokens))
+        checked = CheckedPrompt(name, parts, length(parts), soft_tokens)
+        if not checked.tokens:
             raise InputError(f"{name} must have tokens, got none; make it with ctxcompress.prompt")
-        if tokens + settings.max_new_tokens > window:
-            raise InputError(
-                f"{name} and answer must fit the model's window of {window} tokens, got {tokens} + "
-                f"{settings.max_new_tokens}; lower the budget or max_new_tokens"
-            )
-        return _Checked(parts, tokens, sum(len(part) for part in prompt if isinstance(part, SoftTokens)))
+        checked.check_window(self._backbone.window, settings)
+        return checked
 
     def _checked_part(self, part: Any, name: str) -> Ids | Tensor:
-        vocabulary, hidden = self._model.get_input_embeddings().weight.shape
+        vocabulary, hidden = self._backbone.model.get_input_embeddings().weight.shape
         if not isinstance(part, SoftTokens):
             if not isinstance(part, (tuple, list)) or not all(
                 isinstance(token, int) and 0 <= token < vocabulary for token in part
@@ -295,42 +281,111 @@ class LocalDecoder:
         return part.embeddings_MD
 
 
-_News = str | BaseException | None
-"""A piece of text, the error that ended a generation, or None after its last piece."""
+class LocalDecoder(Decoder):
+    """Generates with a backbone's own model: no second copy of the weights.
+
+    A batch runs prompts of similar length together. Streams and `agenerate` run in a thread of their own,
+    which ends after the token it is at.
+    """
+
+    def __init__(self, backbone: Backbone, fingerprint: str = "") -> None:
+        super().__init__(backbone, fingerprint)
+        # The same modules without the model's generation settings: transformers would add them to ours.
+        self._model = copy.copy(backbone.model)
+        self._model.generation_config = GenerationConfig()
+        ends = backbone.model.generation_config.eos_token_id
+        ends = [*ends] if isinstance(ends, (list, tuple)) else [ends]
+        self._ends = {end for end in (*ends, backbone.tokenizer.eos_token_id) if end is not None}
+
+    def _complete(self, prompts: list[CheckedPrompt], settings: Settings) -> list[Completion]:
+        done: dict[int, Completion] = {}
+        for places in batches([prompt.tokens + settings.max_new_tokens for prompt in prompts]):
+            done |= zip(places, self._run([prompts[place] for place in places], settings), strict=True)
+        return [done[place] for place in range(len(prompts))]
+
+    async def _acomplete(self, prompt: CheckedPrompt, settings: Settings) -> Completion:
+        listener = _Listener()
+        try:
+            return (await asyncio.to_thread(self._run, [prompt], settings, listener))[0]
+        finally:
+            listener.gone.set()
+
+    def _pieces(self, prompt: CheckedPrompt, settings: Settings) -> Generator[str | Completion, None, None]:
+        news: queue.SimpleQueue[_News] = queue.SimpleQueue()
+        gone = self._in_thread(prompt, settings, news.put)
+        try:
+            while isinstance(piece := _piece(news.get()), str):
+                yield piece
+            yield piece
+        finally:
+            gone.set()
+
+    async def _apieces(
+        self, prompt: CheckedPrompt, settings: Settings
+    ) -> AsyncGenerator[str | Completion, None]:
+        news: asyncio.Queue[_News] = asyncio.Queue()
+        loop = asyncio.get_running_loop()
+
+        def put(item: _News) -> None:
+            # A loop that was closed in the meantime has no one left to tell.
+            with contextlib.suppress(RuntimeError):
+                loop.call_soon_threadsafe(news.put_nowait, item)
+
+        gone = self._in_thread(prompt, settings, put)
+        try:
+            while isinstance(piece := _piece(await news.get()), str):
+                yield piece
+            yield piece
+        finally:
+            gone.set()
+
+    def _in_thread(
+        self, prompt: CheckedPrompt, settings: Settings, put: Callable[[_News], None]
+    ) -> threading.Event:
+        """Start a generation that puts its pieces, then the whole or the error that ended it.
+
+        Returns:
+            What to set when nobody listens any more.
+        """
+        listener = _Listener(put)
+
+        def work() -> None:
+            try:
+                put(self._run([prompt], settings, listener)[0])
+            except BaseException as error:
+                # Whatever it is, the reader waits for it.
+                put(error)
+
+        threading.Thread(target=work, name="ctxcompress-stream").start()
+        return listener.gone
+
+    @torch.inference_mode()
+    def _run(
+        self, prompts: list[CheckedPrompt], settings: Settings, listener: _Listener | None = None
+    ) -> list[Completion]:
+        """One batch, which the caller has cut to size."""
+        embed = self._model.get_input_embeddings()
+        rows = [splice(prompt.parts, embed) for prompt in prompts]
+        # Padding stands on the left, so that all rows continue at one place; positions follow from the mask.
+        embeds_BTD = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_side="left")
+        lengths_B = torch.tensor([len(row) for row in rows], device=embeds_BTD.device)
+        places_T = torch.arange(embeds_BTD.shape[1], 0, -1, device=embeds_BTD.device)
+        answers = [_Answer(self._backbone.tokenizer, self._ends, settings, listener) for _ in prompts]
+        self._model.generate(
+            inputs_embeds=embeds_BTD,
+            attention_mask=(places_T <= lengths_B[:, None]).long(),
+            generation_config=GenerationConfig(max_new_tokens=settings.max_new_tokens, do_sample=False),
+            logits_processor=[_Sampler(settings, len(rows))] if settings.temperature else [],
+            stopping_criteria=[_Follower(answers, listener)],
+        )
+        return [
+            Completion(answer.text, prompt.tokens, answer.tokens, prompt.soft_tokens, answer.finish_reason)
+            for prompt, answer in zip(prompts, answers, strict=True)
+        ]
 
 
-@dataclass(frozen=True, slots=True)
-class _Checked:
-    """A prompt that this decoder can read."""
-
-    parts: list[Ids | Tensor]
-    tokens: int
-    soft_tokens: int
-
-
-@dataclass(frozen=True, slots=True)
-class _Settings:
-    """How to generate; see `LocalDecoder`."""
-
-    max_new_tokens: int
-    temperature: float
-    top_p: float
-    seed: int | None
-    stop: tuple[str, ...]
-
-    def __post_init__(self) -> None:
-        if not (_is_whole(self.max_new_tokens) and self.max_new_tokens >= 1):
-            raise ConfigError(f"max_new_tokens must be a whole number >= 1, got {self.max_new_tokens!r}")
-        if not (math.isfinite(self.temperature) and self.temperature >= 0):
-            raise ConfigError(
-                f"temperature must be finite and >= 0, got {self.temperature}; 0 takes the likeliest token"
-            )
-        if not 0 < self.top_p <= 1:
-            raise ConfigError(f"top_p must be in (0, 1], got {self.top_p}; 1 samples from all tokens")
-        if self.seed is not None and not (_is_whole(self.seed) and 0 <= self.seed < 2**63):
-            raise ConfigError(f"seed must be a whole number from 0 to 2**63 - 1 or None, got {self.seed!r}")
-        if not all(isinstance(string, str) and string for string in self.stop):
-            raise ConfigError(f"stop strings must be strings that are not empty, got {self.stop!r}")
+_News = str | Completion | BaseException
+"""A piece of text, the whole after its last piece, or the error that ended a generation."""
 
 
 class _Listener:
@@ -349,7 +404,7 @@ class _Answer:
     """One row's answer as it grows token by token."""
 
     def __init__(
-        self, tokenizer: Any, ends: set[int], settings: _Settings, listener: _Listener | None
+        self, tokenizer: Any, ends: set[int], settings: Settings, listener: _Listener | None
     ) -> None:
         self._tokenizer = tokenizer
         self._ends = ends
@@ -436,7 +491,7 @@ class _Sampler:
     device matter.
     """
 
-    def __init__(self, settings: _Settings, rows: int) -> None:
+    def __init__(self, settings: Settings, rows: int) -> None:
         self._temperature = max(settings.temperature, COLDEST)
         self._top_p = settings.top_p
         self._generators = [
@@ -461,7 +516,29 @@ class _Sampler:
         return logits_BV - noise_BV.log_().to(logits_BV)
 
 
-def _piece(news: _News) -> str | None:
+def _told(
+    pieces: Generator[str | Completion, None, None], on_end: Callable[[Completion], None] | None
+) -> Generator[str, None, None]:
+    with contextlib.closing(pieces):
+        for piece in pieces:
+            if isinstance(piece, str):
+                yield piece
+            elif on_end is not None:
+                on_end(piece)
+
+
+async def _atold(
+    pieces: AsyncGenerator[str | Completion, None], on_end: Callable[[Completion], None] | None
+) -> AsyncGenerator[str, None]:
+    async with contextlib.aclosing(pieces):
+        async for piece in pieces:
+            if isinstance(piece, str):
+                yield piece
+            elif on_end is not None:
+                on_end(piece)
+
+
+def _piece(news: _News) -> str | Completion:
     if isinstance(news, BaseException):
         raise news
     return news

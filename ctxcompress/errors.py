@@ -21,6 +21,10 @@ class CheckpointError(CtxCompressError):
     """An adapter cannot be used: of another base or version, incomplete, edited, or holding NaN."""
 
 
+class ServingError(CtxCompressError):
+    """A server that generates cannot be reached, refuses a request, or answers what is no completion."""
+
+
 class StoreError(CtxCompressError):
     """A store of encoded documents cannot be opened, read or written; what was acknowledged stays."""
 

@@ -20,7 +20,8 @@ from ctxcompress.chunking import CHUNK_TOKENS, Chunk, chunked
 from ctxcompress.errors import ConfigError
 from ctxcompress.methods.dac import Progress
 from ctxcompress.soft import EncodedText, Features, SoftCompressor
-from ctxcompress.store import SoftTokenStore, StoredChunk, StoredDocument, store_key
+from ctxcompress.store import SoftTokenStore
+from ctxcompress.stored import StoredChunk, StoredDocument, store_key
 
 BATCH = 64  # documents encoded between two reports of progress, and written to the store together
 

@@ -24,7 +24,7 @@ from ctxcompress.backbone import Backbone
 from ctxcompress.budgets import largest_remainder
 from ctxcompress.calibration import Calibration
 from ctxcompress.config import AllocatorName, DACConfig, DASTConfig, Mode, check_target, one_of
-from ctxcompress.decoder import LocalDecoder
+from ctxcompress.decoder import LocalDecoder, Prompt
 from ctxcompress.embedded import EMBEDDED
 from ctxcompress.embedder import Embedder
 from ctxcompress.errors import ConfigError, InputError
@@ -32,7 +32,9 @@ from ctxcompress.foreign import load_adapter, measured, resolve_adapter
 from ctxcompress.indexing import Indexer
 from ctxcompress.methods.dac import DAC, Progress
 from ctxcompress.methods.dast import DAST, Worth
-from ctxcompress.prompt import question_prompt
+from ctxcompress.prompt import Turn, question_prompt, turns_prompt
+from ctxcompress.references import References
+from ctxcompress.remote import VLLMDecoder
 from ctxcompress.shrink import SoftShrink, ranks, requested, weighed, whole
 from ctxcompress.soft import SoftCompressor
 from ctxcompress.store import SoftTokenStore
@@ -42,10 +44,13 @@ from ctxcompress.types import (
     CompressionResult,
     Document,
     Order,
+    SoftTokens,
     Span,
     as_documents,
 )
 
+# While one thread loads a shared compressor the others wait for it, instead of loading it again.
+_SHARING = threading.Lock()
 LEAST_TOKENS = 4  # what a document keeps at least if the budget allows: enough for a name
 
 
@@ -158,6 +163,25 @@ class ContextCompressor:
             store=store,
             chunk_tokens=chunk_tokens,
         )
+
+    @classmethod
+    def shared(
+        cls,
+        name: str | os.PathLike[str] = EMBEDDED,
+        *,
+        device: str | torch.device | None = None,
+        adapter: str | os.PathLike[str] | None = EMBEDDED,
+        store: SoftTokenStore | str | os.PathLike[str] | None = None,
+    ) -> ContextCompressor:
+        """`from_pretrained`, once per process: the same settings give the same compressor.
+
+        So the node that compresses and the decoder that reads share one model, and one store of references.
+
+        Raises:
+            ModelError: the model cannot be loaded.
+        """
+        with _SHARING:
+            return _shared(_hashable(name), device, _hashable(adapter), _hashable(store))
 
     @property
     def soft(self) -> SoftCompressor:
@@ -348,11 +372,65 @@ class ContextCompressor:
             completion.text, result, completion.prompt_tokens, completion.completion_tokens, seconds
         )
 
-    def decoder(self, *, adapted: bool) -> LocalDecoder:
-        """The model that answers: as it is, or under the adapter, which reads soft tokens too."""
-        return (
-            LocalDecoder(self.soft.decoder, self.soft.fingerprint) if adapted else LocalDecoder(self.backbone)
+    @property
+    def references(self) -> References:
+        """Names for what is left of documents, to be passed on in place of tensors; they are the store's."""
+        return self.store.references
+
+    def prompt(self, turns: Sequence[Turn[SoftTokens]]) -> Prompt:
+        """A conversation for a decoder, in the model's chat template.
+
+        Args:
+            turns: pairs of a role ("system", "user", "assistant") and contents: texts and soft tokens.
+
+        Raises:
+            InputError: no turns, another role, or roles in an order the template cannot show.
+        """
+        return turns_prompt(self.backbone, turns)
+
+    def decoder(self, *, adapted: bool | None = None) -> LocalDecoder:
+        """The model that answers.
+
+        Args:
+            adapted: under the adapter, which reads soft tokens too, or as it is; None is under the adapter if
+                there is one.
+        """
+        return LocalDecoder(*self._reader(adapted))
+
+    def remote_decoder(
+        self,
+        base_url: str,
+        *,
+        model: str | None = None,
+        api_key: str | None = None,
+        timeout: float = 60.0,
+        max_retries: int = 2,
+    ) -> VLLMDecoder:
+        """The model that answers, served by vLLM from the folder that `ctxcompress export` wrote.
+
+        Args:
+            base_url: of the server, like http://localhost:8000.
+            model: its name there; None takes the first one the server lists.
+            api_key: the server's.
+            timeout: seconds the server may be silent.
+            max_retries: further attempts after 429, 5xx or a lost connection.
+        """
+        base, fingerprint = self._reader(None)
+        return VLLMDecoder(
+            base,
+            base_url,
+            fingerprint=fingerprint,
+            model=model,
+            api_key=api_key,
+            timeout=timeout,
+            max_retries=max_retries,
         )
+
+    def _reader(self, adapted: bool | None) -> tuple[Backbone, str]:
+        """A model, and the fingerprint of the soft tokens it reads."""
+        if self._adapter is not None if adapted is None else adapted:
+            return self.soft.decoder, self.soft.fingerprint
+        return self.backbone, ""
 
     def _mode(
         self, mode: Mode, budget: int | None, compression_ratio: float | None, before: Sequence[int]
@@ -443,6 +521,15 @@ class ContextCompressor:
                 f"documents, got {budget}; raise it or protect less"
             )
         return minimum_N
+
+
+def _hashable(setting: Any) -> Any:
+    return os.fspath(setting) if isinstance(setting, os.PathLike) else setting
+
+
+@functools.cache
+def _shared(name: Any, device: Any, adapter: Any, store: Any) -> ContextCompressor:
+    return ContextCompressor.from_pretrained(name, device=device, adapter=adapter, store=store)
 
 
 def _total(

@@ -18,9 +18,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ctxcompress.embedder import Embedder
-from ctxcompress.errors import InputError, MissingExtraError
+from ctxcompress.errors import InputError
 from ctxcompress.files import read_text, write_atomically
 from ctxcompress.types import Document
+from ctxcompress.vectors import faiss_index, import_faiss, on_cpu
 
 FORMAT = 1
 SUFFIXES = (".md", ".txt")
@@ -78,7 +79,7 @@ class FolderIndex:
             InputError: no such folder, no documents in it, an unreadable file, or no place to write the
                 index.
         """
-        faiss = _faiss()
+        faiss = import_faiss()
         home = index_folder or folder / INDEX_FOLDER
         texts = {str(path.relative_to(folder).as_posix()): read_text(path) for path in _text_files(folder)}
         manifest = _manifest(texts, embedder.name)
@@ -90,7 +91,7 @@ class FolderIndex:
         index = _stored(faiss, home, rows_file, manifest, len(passages))
         if index is None:
             vectors = _embedded(embedder, [passage.text for passage in passages], progress)
-            index = faiss.IndexFlatIP(vectors.shape[1])
+            index = faiss_index(vectors.shape[1])
             index.add(vectors)
             _store(faiss, home, rows_file, manifest, index)
         return cls(passages, index, embedder)
@@ -185,7 +186,7 @@ def _stored(faiss: Any, home: Path, rows_file: Path, manifest: dict[str, Any], r
 
 
 def _store(faiss: Any, home: Path, rows_file: Path, manifest: dict[str, Any], index: Any) -> None:
-    write_atomically(rows_file, faiss.serialize_index(index).tobytes())
+    write_atomically(rows_file, faiss.serialize_index(on_cpu(index)).tobytes())
     content = json.dumps({**manifest, "rows": rows_file.name}, indent=1, ensure_ascii=False)
     write_atomically(home / "manifest.json", content.encode())
     for old in home.glob("*.faiss"):
@@ -204,11 +205,3 @@ def _embedded(
     if progress is not None:
         progress("indexing", len(texts), len(texts))
     return np.concatenate(blocks)
-
-
-def _faiss() -> Any:
-    try:
-        import faiss
-    except ModuleNotFoundError as error:
-        raise MissingExtraError("faiss-cpu", "retrieval") from error
-    return faiss

@@ -21,7 +21,7 @@ from ctxcompress.methods.dac import Progress
 from ctxcompress.methods.dast import Worth
 from ctxcompress.selector import fitted_scale, select_ratio
 from ctxcompress.soft import SoftCompressor
-from ctxcompress.store import StoredDocument
+from ctxcompress.stored import StoredDocument
 from ctxcompress.types import CompressedChunk, CompressedDocument, CompressionResult, Document, SoftTokens
 
 

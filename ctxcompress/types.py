@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import html
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from ctxcompress.config import one_of
+from ctxcompress.display import BudgetTable
 from ctxcompress.errors import InputError
 
 if TYPE_CHECKING:
@@ -18,7 +17,8 @@ if TYPE_CHECKING:
 Span = tuple[int, int]
 """Half-open range of character positions in a document's original text."""
 Order = Literal["score", "edges", "original"]
-"""How documents stand in a prompt: see `CompressionResult.parts`."""
+"""How documents stand in a prompt: see `arranged`."""
+Item = TypeVar("Item")
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,10 +130,10 @@ class CompressedDocument:
         source = self.metadata.get("source")
         return None if source is None else str(source)
 
-    def to_dict(self) -> dict[str, Any]:
-        """JSON-ready account of the document; metadata stays out, it may hold anything."""
-        names = ("id", "source", "score", "share", "rank", "budget", "tokens_before", "tokens_after", "ratio")
-        account: dict[str, Any] = {name: getattr(self, name) for name in names}
+    @property
+    def account(self) -> dict[str, Any]:
+        """What the document cost, JSON-ready: tokens, ratio, budget, score, share, rank, and its chunks."""
+        names = ("tokens_before", "tokens_after", "ratio", "budget", "score", "share", "rank")
         chunks = [
             {
                 "span": list(chunk.span),
@@ -142,11 +142,16 @@ class CompressedDocument:
             }
             for chunk in self.chunks
         ]
+        return {**{name: getattr(self, name) for name in names}, "chunks": chunks}
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready account of the document with its text; metadata stays out, it may hold anything."""
         return {
-            **account,
+            "id": self.id,
+            "source": self.source,
+            **self.account,
             "text": self.text,
             "kept_spans": [list(span) for span in self.kept_spans],
-            "chunks": chunks,
         }
 
 
@@ -198,21 +203,15 @@ class CompressionResult:
         """What is left of each document, for a prompt: a list of texts and soft tokens.
 
         Args:
-            order: "score" puts the document worth most last, next to the question: small models look there;
-                "edges" puts the best ones first and last and the worst in the middle, where long prompts are
-                read least; "original" keeps the order the documents came in.
+            order: see `arranged`.
 
         Raises:
             ConfigError: another order.
         """
-        one_of("order", order, Order)
-        documents = [document for document in self.documents if document.tokens_after]
-        if order != "original":
-            documents.sort(key=lambda document: document.share or 0.0)
-        if order == "edges":
-            best_first = documents[::-1]
-            documents = [*best_first[1::2], *best_first[::2][::-1]]
-        return [document.parts for document in documents]
+        present = [document for document in self.documents if document.tokens_after]
+        return [
+            document.parts for document in arranged(present, [document.share for document in present], order)
+        ]
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready account of the whole call."""
@@ -231,7 +230,9 @@ class CompressionResult:
         }
 
     def _repr_html_(self) -> str:
-        return _html_table(self)
+        details = f", budget {self.budget:,}, {self.mode}:{self.allocator}"
+        accounts = [(document.id, document.account) for document in self.documents]
+        return BudgetTable(accounts, details)._repr_html_()
 
 
 @dataclass(frozen=True, slots=True)
@@ -243,6 +244,29 @@ class Answer:
     prompt_tokens: int
     completion_tokens: int
     seconds: Mapping[str, float] = field(default_factory=dict)
+
+
+def arranged(items: Sequence[Item], shares: Sequence[float | None], order: Order) -> list[Item]:
+    """Documents as they should stand in a prompt.
+
+    Args:
+        items: the documents.
+        shares: what each is worth; None counts as 0.
+        order: "score" puts the document worth most last, next to the question: small models look there;
+            "edges" puts the best ones first and last and the worst in the middle, where long prompts are read
+            least; "original" keeps the order they came in.
+
+    Raises:
+        ConfigError: another order.
+    """
+    one_of("order", order, Order)
+    places = list(range(len(items)))
+    if order != "original":
+        places.sort(key=lambda place: shares[place] or 0.0)
+    if order == "edges":
+        best_first = places[::-1]
+        places = [*best_first[1::2], *best_first[::2][::-1]]
+    return [items[place] for place in places]
 
 
 def as_documents(documents: Iterable[Document | str | Mapping[str, Any]]) -> tuple[Document, ...]:
@@ -295,42 +319,3 @@ def _refuse_duplicate_ids(documents: Sequence[Document]) -> None:
                 f"{place}; rename one, or leave ids empty to number documents by position"
             )
         places[document.id] = place
-
-
-def _html_table(result: CompressionResult) -> str:
-    longest = max((document.tokens_before for document in result.documents), default=1) or 1
-    rows = "".join(_html_row(document, longest) for document in result.documents)
-    ratio = f"{result.compression_ratio:.1f}x" if result.compression_ratio else "nothing left"
-    caption = (
-        f"{result.tokens_before:,} tokens &rarr; {result.tokens_after:,} ({ratio}), budget "
-        f"{result.budget:,}, {html.escape(result.mode)}:{html.escape(result.allocator)}"
-    )
-    head = "".join(
-        f"<th>{name}</th>" for name in ("document", "ratio (dark: all of it)", "tokens", "share", "rank")
-    )
-    return f"<table><caption>{caption}</caption><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>"
-
-
-def _html_row(document: CompressedDocument, longest: int) -> str:
-    share = "" if document.share is None else f"{document.share:.1%}"
-    rank = "" if document.rank is None else str(document.rank)
-    tokens = f"{document.tokens_before:,} &rarr; {document.tokens_after:,}"
-    cells = (html.escape(document.id), _html_bar(document, longest), tokens, share, rank)
-    return "<tr>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>"
-
-
-def _html_bar(document: CompressedDocument, longest: int) -> str:
-    """The document as a bar, as long as its original, each chunk the darker the more of it is left."""
-    chunks = [(chunk.tokens_before, chunk.tokens_after) for chunk in document.chunks]
-    pieces = "".join(
-        f'<div title="{before:,} &rarr; {after:,} tokens" style="height:12px;border:1px solid #888;'
-        f'width:{240 * before / longest:.1f}px;background:{_shade(before, after)}"></div>'
-        for before, after in chunks or [(document.tokens_before, document.tokens_after)]
-    )
-    return f'<div style="display:flex">{pieces}</div>'
-
-
-def _shade(before: int, after: int) -> str:
-    if not after:
-        return "repeating-linear-gradient(45deg,#fff,#fff 3px,#ccc 3px,#ccc 5px)"
-    return f"hsl(210 70% {min(28 + 12 * math.log2(before / after), 92):.0f}%)"

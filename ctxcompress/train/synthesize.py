@@ -30,6 +30,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 from ctxcompress.errors import ConfigError, InputError, MissingExtraError, ModelError
 from ctxcompress.methods.dac import Progress
+from ctxcompress.remote import checked_key
 
 if TYPE_CHECKING:
     from httpx import AsyncClient, Response
@@ -96,7 +97,7 @@ def synthesize(
         raise MissingExtraError("httpx", "train") from error
     _check(model, concurrency, requests_per_minute, timeout, retries)
     url = _checked_url(endpoint)
-    key = _checked_key(os.environ.get(KEY_VARIABLE) if api_key is None else api_key)
+    key = checked_key(os.environ.get(KEY_VARIABLE) if api_key is None else api_key)
     teacher = _Teacher(
         url=url,
         model=model,
@@ -441,13 +442,3 @@ def _checked_url(endpoint: str) -> str:
         raise ConfigError(f"{expected}, got {endpoint!r}, which has no valid host and port")
     base = endpoint.rstrip("/")
     return base if base.endswith("/chat/completions") else base + "/chat/completions"
-
-
-def _checked_key(key: str | None) -> str:
-    """The key without surrounding space; one that no header can carry would stand in the error of httpx."""
-    key = (key or "").strip()
-    if not re.fullmatch(r"[!-~]*", key):
-        raise ConfigError(
-            "api_key must be printable ASCII without spaces, got other characters; copy it again"
-        )
-    return key

@@ -18,7 +18,8 @@ import pytest
 import torch
 
 from ctxcompress.errors import StoreError
-from ctxcompress.store import SoftTokenStore, StoredChunk, StoredDocument
+from ctxcompress.store import SoftTokenStore
+from ctxcompress.stored import StoredChunk, StoredDocument
 
 KILLS = 20
 

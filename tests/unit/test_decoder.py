@@ -17,7 +17,7 @@ import torch
 from transformers import GenerationConfig, PreTrainedTokenizerFast
 
 from ctxcompress import Backbone
-from ctxcompress.decoder import Completion, LocalDecoder, _Answer, _Listener, _Sampler, _Settings
+from ctxcompress.decoder import Completion, LocalDecoder, Settings, _Answer, _Listener, _Sampler
 from ctxcompress.errors import CheckpointError, ConfigError, InputError
 from ctxcompress.prompt import Ids, chat_prompt, question_prompt
 from ctxcompress.types import SoftTokens
@@ -69,7 +69,7 @@ def soft(backbone: Backbone, text: str, fingerprint: str = "") -> SoftTokens:
 
 def sampler(p: list[float], rows: int = 1, **changes: Any) -> Callable[[], torch.Tensor]:
     values = {"max_new_tokens": 1, "temperature": 1.0, "top_p": 1.0, "seed": 0, "stop": (), **changes}
-    processor, scores = _Sampler(_Settings(**values), rows), torch.tensor([p] * rows).log()
+    processor, scores = _Sampler(Settings(**values), rows), torch.tensor([p] * rows).log()
     return lambda: processor(torch.empty(rows, 0), scores).argmax(dim=-1)
 
 
@@ -97,7 +97,7 @@ def test_samples_follow_temperature_and_top_p(
 
 
 def test_the_smallest_temperature_is_greedy() -> None:
-    processor = _Sampler(_Settings(1, 5e-324, 0.9, 0, ()), rows=1)
+    processor = _Sampler(Settings(1, 5e-324, 0.9, 0, ()), rows=1)
     scores = processor(torch.empty(1, 0), torch.tensor([[0.2, 0.3, 0.5]]).log())
     assert scores.argmax() == 2
     assert not scores.isnan().any()
@@ -185,7 +185,7 @@ def test_stream_joins_to_generate(decoder: LocalDecoder, prompts: list[list[Ids]
 
 def answer(tokenizer: Any, stop: tuple[str, ...] = (), most: int = 99) -> tuple[_Answer, list[str]]:
     pieces: list[str] = []
-    return _Answer(tokenizer, {0}, _Settings(most, 0.0, 1.0, None, stop), _Listener(pieces.append)), pieces
+    return _Answer(tokenizer, {0}, Settings(most, 0.0, 1.0, None, stop), _Listener(pieces.append)), pieces
 
 
 def bytes_tokenizer() -> PreTrainedTokenizerFast:
@@ -412,3 +412,23 @@ def test_prompts_that_cannot_be_read_are_refused(decoder: LocalDecoder, prompt: 
 def test_a_prompt_may_fill_the_window(decoder: LocalDecoder) -> None:
     assert decoder.generate([(1,) * 192]).prompt_tokens == 192
     assert decoder.generate_batch([]) == []
+
+
+@pytest.mark.parametrize("most", [3, 12])
+async def test_a_stream_ends_with_what_generate_returns(backbone: Backbone, most: int) -> None:
+    decoder, prompt = LocalDecoder(backbone), chat_prompt(backbone, [TEXTS[0]])
+    whole = decoder.generate(prompt, max_new_tokens=most)
+    ends: list[Completion] = []
+    assert "".join(decoder.stream(prompt, max_new_tokens=most, on_end=ends.append)) == whole.text
+    pieces = [piece async for piece in decoder.astream(prompt, max_new_tokens=most, on_end=ends.append)]
+    assert "".join(pieces) == whole.text
+    assert ends == [whole, whole]
+
+
+def test_a_stream_that_is_closed_has_no_end(backbone: Backbone) -> None:
+    ends: list[Completion] = []
+    prompt = chat_prompt(backbone, [TEXTS[0]])
+    pieces = LocalDecoder(backbone).stream(prompt, max_new_tokens=100, on_end=ends.append)
+    next(pieces)
+    pieces.close()
+    assert not ends

@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import json
 import math
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,6 +20,7 @@ from ctxcompress import (
     DASTConfig,
     Document,
     InputError,
+    arranged,
 )
 
 ALLOCATORS = ("dast", "uniform", "random", "bm25")
@@ -241,3 +244,21 @@ def test_random_shares_change_with_the_query_and_repeat_with_the_seed(compressor
         for query in ("Where?", "Where?", "When?")
     ]
     assert drawn[0] == drawn[1] != drawn[2]
+
+
+def test_equal_settings_share_one_compressor(tiny_model: Path, tmp_path: Path) -> None:
+    with ThreadPoolExecutor(4) as pool:
+        loaded = list(
+            pool.map(
+                lambda name: ContextCompressor.shared(name, device="cpu"), [tiny_model, str(tiny_model)] * 2
+            )
+        )
+    assert len(set(map(id, loaded))) == 1
+    other = ContextCompressor.shared(tiny_model, device="cpu", store=tmp_path / "store")
+    assert other is not loaded[0]
+    assert other.references is not loaded[0].references
+
+
+@pytest.mark.parametrize(("order", "expected"), [("original", "bacd"), ("score", "dcba"), ("edges", "bdca")])
+def test_documents_stand_in_the_order_asked(order: Any, expected: str) -> None:
+    assert "".join(arranged("bacd", [0.3, 0.4, 0.2, None], order)) == expected

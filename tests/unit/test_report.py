@@ -19,9 +19,10 @@ from typer.main import get_command
 from ctxcompress import InputError
 from ctxcompress.cli import app
 from ctxcompress.errors import MissingExtraError
-from ctxcompress.evaluate import report as module
-from ctxcompress.evaluate.report import add_run, write_report
+from ctxcompress.evaluate import runs as module
+from ctxcompress.evaluate.report import write_report
 from ctxcompress.evaluate.runner import EvaluationConfig, _figures
+from ctxcompress.evaluate.runs import add_run
 
 DAST = {"mode": "repaired", "alpha": 0.5, "ppl_sign": -1, "temperature": None, "prior": "retriever"}
 TITLES = (

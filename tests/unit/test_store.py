@@ -21,10 +21,11 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
-from ctxcompress import store as module
+from ctxcompress import shards as module
 from ctxcompress.cli import app
 from ctxcompress.errors import ConfigError, InputError, StoreError, StoreWarning
-from ctxcompress.store import SoftTokenStore, StoredChunk, StoredDocument, StoreDtype, store_key
+from ctxcompress.store import SoftTokenStore
+from ctxcompress.stored import StoredChunk, StoredDocument, StoreDtype, store_key
 
 DTYPES: tuple[StoreDtype, ...] = get_args(StoreDtype)
 KIND = "0123456789abcdef"
