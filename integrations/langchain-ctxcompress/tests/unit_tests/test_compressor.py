@@ -7,6 +7,7 @@ import copy
 import json
 import pickle
 import re
+import shutil
 import subprocess
 import sys
 import threading
@@ -19,7 +20,6 @@ import langchain_ctxcompress
 import numpy as np
 import pytest
 from langchain_classic.retrievers import ContextualCompressionRetriever
-from langchain_core.callbacks import CallbackManagerForRetrieverRun
 from langchain_core.documents import Document
 from langchain_core.language_models.fake_chat_models import ParrotFakeChatModel
 from langchain_core.load import dumpd, dumps
@@ -30,7 +30,7 @@ from langchain_core.runnables import RunnablePassthrough
 from langchain_ctxcompress import CtxCompressor
 from pydantic import ValidationError
 
-from ctxcompress import ContextCompressor, InputError
+from ctxcompress import AllocatorName, ConfigError, ContextCompressor, InputError, placeholder
 
 QUESTION = "Who discovered penicillin?"
 TEXTS = [
@@ -38,36 +38,13 @@ TEXTS = [
     "Rome is the capital of Italy and lies on the Tiber. It was founded, they say, in 753 BC.",
     "Photosynthesis turns light into chemical energy; chlorophyll absorbs red and blue light.",
 ]
-ACCOUNT = {"tokens_before", "tokens_after", "ratio", "budget", "score", "share", "rank"}
-
-
-class FixedRetriever(BaseRetriever):
-    """Finds the same documents for every question."""
-
-    found: list[Document]
-
-    def _get_relevant_documents(
-        self, query: str, *, run_manager: CallbackManagerForRetrieverRun
-    ) -> list[Document]:
-        return self.found
+ACCOUNT = {"tokens_before", "tokens_after", "ratio", "budget", "score", "share", "rank", "chunks", "mode"}
 
 
 class Titled(Document):
     """What a careless library might return: a subclass, which does not survive LangChain's serialisation."""
 
     title: str = ""
-
-
-@pytest.fixture
-def documents() -> list[Document]:
-    return [
-        Document(
-            id=f"page-{place}",
-            page_content=text,
-            metadata={"source": f"{place}.txt", "nested": {"n": [place]}},
-        )
-        for place, text in enumerate(TEXTS)
-    ]
 
 
 def tokens_after(documents: list[Document]) -> int:
@@ -79,14 +56,27 @@ def shares(documents: list[Document]) -> list[float]:
 
 
 def test_the_public_names() -> None:
-    assert langchain_ctxcompress.__all__ == ["CtxCompressor"]
+    assert langchain_ctxcompress.__all__ == [
+        "ChatCtxCompress",
+        "CtxCompressRetriever",
+        "CtxCompressor",
+        "SoftContextPrompt",
+        "create_soft_rag_chain",
+    ]
 
 
 def test_import_and_construction_load_no_model_library() -> None:
-    code = (
-        "import sys, langchain_ctxcompress as package; package.CtxCompressor(budget=9).as_runnable();"
-        "print({'torch', 'transformers', 'langchain_classic'} & set(sys.modules) or 'light')"
-    )
+    code = """if True:
+        import sys
+        from langchain_core.runnables import RunnableLambda
+        from langchain_ctxcompress import *
+        CtxCompressor(budget=9).as_runnable()
+        inner, llm = RunnableLambda(list), ChatCtxCompress(base_url="http://localhost:1", adapter="no/such")
+        CtxCompressRetriever(retriever=inner, budget=9, mode="soft")
+        create_soft_rag_chain(inner, llm, budget=9, prompt=SoftContextPrompt(question_key="input"))
+        heavy = {"torch", "transformers", "safetensors", "langchain_classic", "langchain_community", "numpy"}
+        print(heavy & set(sys.modules) or "light")
+    """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "light"
 
@@ -108,11 +98,25 @@ def test_each_document_keeps_its_place_id_and_metadata(
     assert sorted(document.metadata["ctxcompress"]["rank"] for document in short) == [1, 2, 3]
 
 
+def test_without_scores_the_place_counts_as_one(
+    compressor: ContextCompressor, documents: list[Document]
+) -> None:
+    settings = CtxCompressor(compressor=compressor, compression_ratio=2)
+    placed = [{"text": text, "score": -place} for place, text in enumerate(TEXTS)]
+    expected = compressor.compress(placed, QUESTION, compression_ratio=2)
+    assert expected.prior == "retriever"
+    short = settings.compress_documents(documents, QUESTION)
+    assert shares(short) == [document.share for document in expected.documents]
+    assert all(document.metadata["ctxcompress"]["score"] is None for document in short)
+    turned = settings.compress_documents(documents[::-1], QUESTION)
+    assert shares(turned)[::-1] != shares(short)
+
+
 @pytest.mark.parametrize("query", [QUESTION, "Where is the Tiber?"])
 def test_the_texts_are_those_of_the_library(
     compressor: ContextCompressor, documents: list[Document], query: str
 ) -> None:
-    settings = CtxCompressor(compressor=compressor, compression_ratio=2)
+    settings = CtxCompressor(compressor=compressor, compression_ratio=2, ranked=False)
     expected = compressor.compress(TEXTS, query, compression_ratio=2).documents
     short = settings.compress_documents(documents, query)
     assert [document.page_content for document in short] == [document.text for document in expected]
@@ -238,7 +242,9 @@ def test_a_question_is_asked_for_where_the_allocator_needs_one(
         ({"compression_ratio": float("inf")}, "compression_ratio"),
         ({"budget": 5, "ratio": 4}, "ratio"),
         ({"budget": 5, "allocator": "best"}, "allocator"),
-        ({"budget": 5, "mode": "soft"}, "mode"),
+        ({"budget": 5, "mode": "auto"}, "mode"),
+        ({"budget": 5, "placeholders": True}, "placeholders stand for soft tokens, got mode='text'"),
+        ({"budget": 5, "compressor": "embedded"}, "must be a ctxcompress.ContextCompressor, got str"),
     ],
 )
 def test_bad_settings_fail_at_construction(settings: dict[str, Any], message: str) -> None:
@@ -267,8 +273,10 @@ def test_settings_are_frozen_and_copies_share_the_model(
 
 
 def test_the_model_is_loaded_once_and_not_before_it_is_needed(
-    tiny_model: Path, documents: list[Document], monkeypatch: pytest.MonkeyPatch
+    tiny_model: Path, documents: list[Document], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    # Of its own: compressors are shared by a whole process, other tests too.
+    model = shutil.copytree(tiny_model, tmp_path / "model")
     loaded: list[tuple[str, Any]] = []
     load = ContextCompressor.from_pretrained
 
@@ -278,11 +286,11 @@ def test_the_model_is_loaded_once_and_not_before_it_is_needed(
         return load(name, **settings)
 
     monkeypatch.setattr(ContextCompressor, "from_pretrained", counted)
-    settings = CtxCompressor(model=str(tiny_model), device="cpu", budget=20)
+    settings = CtxCompressor(model=str(model), device="cpu", budget=20)
     assert loaded == []
     with ThreadPoolExecutor(4) as pool:
         results = list(pool.map(lambda _: settings.compress_documents(documents, QUESTION), range(4)))
-    assert loaded == [(str(tiny_model), "cpu")]
+    assert loaded == [(str(model), "cpu")]
     assert all(result == results[0] for result in results)
 
 
@@ -299,6 +307,8 @@ async def test_async_leaves_the_event_loop_free(
 
     class Gate:
         """A compressor that starts only when the event loop, still running, lets it."""
+
+        backbone = compressor.backbone
 
         def compress(self, *args: Any, **settings: Any) -> Any:
             assert opened.wait(timeout=5), "the event loop was blocked"
@@ -326,21 +336,21 @@ async def test_parallel_calls_get_their_own_documents(compressor: ContextCompres
 
 
 async def test_in_a_contextual_compression_retriever(
-    compressor: ContextCompressor, documents: list[Document]
+    compressor: ContextCompressor, documents: list[Document], retriever: BaseRetriever
 ) -> None:
     settings = CtxCompressor(compressor=compressor, compression_ratio=2)
-    retriever = ContextualCompressionRetriever(
-        base_compressor=settings, base_retriever=FixedRetriever(found=documents)
-    )
+    short = ContextualCompressionRetriever(base_compressor=settings, base_retriever=retriever)
     expected = settings.compress_documents(documents, QUESTION)
-    assert retriever.invoke(QUESTION) == expected
-    assert await retriever.ainvoke(QUESTION) == expected
+    assert short.invoke(QUESTION) == expected
+    assert await short.ainvoke(QUESTION) == expected
     assert expected != documents
 
 
-async def test_in_a_chain(compressor: ContextCompressor, documents: list[Document]) -> None:
+async def test_in_a_chain(
+    compressor: ContextCompressor, documents: list[Document], retriever: BaseRetriever
+) -> None:
     settings = CtxCompressor(compressor=compressor, compression_ratio=2)
-    found = {"context": FixedRetriever(found=documents), "question": RunnablePassthrough()}
+    found = {"context": retriever, "question": RunnablePassthrough()}
     text = RunnablePassthrough.assign(context=lambda x: "\n\n".join(d.page_content for d in x["context"]))
     prompt = ChatPromptTemplate.from_template("{context}\n\nQuestion: {question}")
     chain = found | settings.as_runnable() | text | prompt | ParrotFakeChatModel() | StrOutputParser()
@@ -364,3 +374,91 @@ def test_a_runnable_with_other_keys(compressor: ContextCompressor, documents: li
         InputError, match=r"keys 'context' and 'question', got \['history', 'input', 'pages'\]"
     ):
         settings.as_runnable().invoke(given)
+
+
+async def test_soft_documents_keep_their_text_and_name_their_soft_tokens(
+    soft_compressor: ContextCompressor, documents: list[Document]
+) -> None:
+    settings = CtxCompressor(compressor=soft_compressor, compression_ratio=4, mode="soft", ranked=False)
+    short = settings.compress_documents(documents, QUESTION)
+    result = soft_compressor.compress(TEXTS, QUESTION, compression_ratio=4, mode="soft")
+    for before, after, expected in zip(documents, short, result.documents, strict=True):
+        account = after.metadata["ctxcompress"]
+        assert after == before.model_copy(update={"metadata": {**before.metadata, "ctxcompress": account}})
+        reference = soft_compressor.references.issue(expected.parts)
+        decoder = soft_compressor.soft.fingerprint
+        assert account == {**expected.account, "mode": "soft", "ref": reference, "decoder": decoder}
+        assert json.loads(json.dumps(account)) == account
+    assert tokens_after(short) <= sum(soft_compressor.backbone.count(text) for text in TEXTS) / 4
+    assert await settings.acompress_documents(documents, QUESTION) == short
+
+
+def test_placeholders_take_the_place_of_text(
+    soft_compressor: ContextCompressor, documents: list[Document]
+) -> None:
+    settings = CtxCompressor(compressor=soft_compressor, budget=9, mode="soft", allow_drop=True)
+    plain = settings.compress_documents(documents, QUESTION)
+    marked = settings.model_copy(update={"placeholders": True}).compress_documents(documents, QUESTION)
+    accounts = [document.metadata["ctxcompress"] for document in plain]
+    assert [document.metadata["ctxcompress"] for document in marked] == accounts
+    assert {account["tokens_after"] == 0 for account in accounts} == {True, False}
+    for document, account in zip(marked, accounts, strict=True):
+        assert document.page_content == (placeholder(account["ref"]) if account["tokens_after"] else "")
+        assert len(soft_compressor.references.resolve(account["ref"])) == (account["tokens_after"] > 0)
+
+
+@pytest.mark.parametrize("allocator", ["semi_dynamic", "dast+semi_dynamic"])
+def test_ratios_from_density_need_soft_mode(
+    soft_compressor: ContextCompressor, documents: list[Document], allocator: AllocatorName
+) -> None:
+    settings = CtxCompressor(compressor=soft_compressor, budget=40, mode="soft", allocator=allocator)
+    assert 0 < tokens_after(settings.compress_documents(documents, QUESTION)) <= 40
+    pruning = CtxCompressor(compressor=soft_compressor, budget=40, allocator=allocator)
+    with pytest.raises(ConfigError, match="got mode 'text'"):
+        pruning.compress_documents(documents, QUESTION)
+
+
+def test_soft_mode_needs_an_adapter(compressor: ContextCompressor, documents: list[Document]) -> None:
+    settings = CtxCompressor(compressor=compressor, budget=40, mode="soft")
+    with pytest.raises(ConfigError, match="needs a soft-token adapter"):
+        settings.compress_documents(documents, QUESTION)
+
+
+@pytest.mark.parametrize("mode", ["text", "soft"])
+def test_empty_pages_and_missing_scores(soft_compressor: ContextCompressor, mode: Any) -> None:
+    settings = CtxCompressor(compressor=soft_compressor, compression_ratio=2, mode=mode, score_key="score")
+    texts = ["", TEXTS[0], " ", TEXTS[1], ""]
+    pages = [Document(text, metadata={"score": None}) for text in texts]
+    short = settings.compress_documents(pages, QUESTION)
+    accounts = [document.metadata["ctxcompress"] for document in short]
+    assert [account["score"] for account in accounts] == [None] * 5
+    assert [accounts[place]["tokens_after"] for place in (0, 4)] == [0, 0]
+    assert accounts[1]["tokens_after"]
+    assert accounts[3]["tokens_after"]
+    assert [document.page_content for document in short] == texts or mode == "text"
+    nothing = settings.compress_documents([Document("")], QUESTION)
+    assert nothing[0].page_content == ""
+    assert nothing[0].metadata["ctxcompress"]["tokens_after"] == 0
+
+
+@pytest.mark.parametrize("mode", ["text", "soft"])
+def test_metadata_of_any_kind_is_carried_along(soft_compressor: ContextCompressor, mode: Any) -> None:
+    lock, loop = threading.Lock(), [1]
+    loop.append(loop)
+    metadata = {"lock": lock, "loop": loop, "nan": float("nan"), "array": np.zeros(2), "bytes": b"\xff"}
+    settings = CtxCompressor(compressor=soft_compressor, compression_ratio=2, mode=mode)
+    (short,) = settings.compress_documents([Document(TEXTS[0], metadata=metadata)], QUESTION)
+    for name, value in metadata.items():
+        assert short.metadata[name] is value
+    json.dumps(short.metadata["ctxcompress"])
+
+
+@pytest.mark.parametrize("mode", ["text", "soft"])
+def test_ten_thousand_documents(soft_compressor: ContextCompressor, mode: Any) -> None:
+    pages = [Document(f"Page {place}.") for place in range(10_000)]
+    settings = CtxCompressor(
+        compressor=soft_compressor, budget=500, mode=mode, allocator="random", allow_drop=True
+    )
+    short = settings.compress_documents(pages, QUESTION)
+    assert len(short) == 10_000
+    assert 0 < tokens_after(short) <= 500
