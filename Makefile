@@ -2,7 +2,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
-RUFF_TARGETS := conftest.py ctxcompress tests integrations benchmarks
+RUFF_TARGETS := conftest.py ctxcompress tests integrations benchmarks examples
 
 .PHONY: demo test lint types format clean
 

@@ -41,3 +41,18 @@ def test_every_file_it_names_exists() -> None:
         "errors.py",
         "files.py",
     }
+
+
+@pytest.mark.parametrize(
+    ("heading", "package"),
+    [
+        ("LangChain", "langchain-ctxcompress"),
+        ("LlamaIndex", "llama-index-postprocessor-ctxcompress"),
+    ],
+)
+def test_frameworks_are_shown_as_their_own_tests_run_them(heading: str, package: str) -> None:
+    section = README.split(f"\n## {heading}\n")[1].split("\n## ")[0]
+    blocks = re.findall(r"```(?:python|diff)\n.*?```", section, flags=re.DOTALL)
+    tested = (ROOT / "integrations" / package / "README.md").read_text(encoding="utf-8")
+    assert len(blocks) >= 2
+    assert all(block in tested for block in blocks)
