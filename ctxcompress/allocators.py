@@ -138,12 +138,19 @@ class GlobalAttention:
 
     def worth(self, request: Request) -> Worth:
         """See `Allocator`."""
-        documents: Sequence[Ids | Tensor] = request.ids
-        if self._soft is not None:
-            ratio = self._dast.scoring_ratio(list(map(len, request.ids)), self._soft.config.ratio_set)
-            coarse = self._soft.soften(request.ids, [ratio] * len(request.ids), request.encoded)
-            documents = [tokens.embeddings_MD for tokens in coarse]
-        return self._dast.worth(documents, request.query, request.retrieved, request.nll_N)
+        return self._dast.worth(self._read(request), request.query, request.retrieved, request.nll_N)
+
+    def masses(self, request: Request) -> tuple[Tensor, Tensor]:
+        """What the scores are made of, for `calibrate`: see `DAST.masses`."""
+        return self._dast.masses(self._read(request), request.query)
+
+    def _read(self, request: Request) -> Sequence[Ids | Tensor]:
+        """What the pass reads of each unit: all of its tokens, or coarse soft tokens."""
+        if self._soft is None:
+            return request.ids
+        ratio = self._dast.scoring_ratio(list(map(len, request.ids)), self._soft.config.ratio_set)
+        coarse = self._soft.soften(request.ids, [ratio] * len(request.ids), request.encoded)
+        return [tokens.embeddings_MD for tokens in coarse]
 
 
 class SemiDynamic:

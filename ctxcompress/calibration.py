@@ -122,12 +122,13 @@ class Calibration:
 
 @dataclass(frozen=True, slots=True)
 class Observation:
-    """One labelled question: every signal of every document, and which documents are gold.
+    """One labelled question: every signal of every unit (document or chunk), and which units are gold.
 
     Attributes:
         question_LHN: attention mass under the question.
         baseline_LHN: attention mass under the content-free question.
-        prior_N: retriever similarity.
+        prior_N: similarity of the unit's document, as a retriever would have it.
+        embedding_N: similarity of the unit itself.
         bm25_N: BM25 score.
         gold_N: bool; at least one is true.
     """
@@ -135,6 +136,7 @@ class Observation:
     question_LHN: Tensor
     baseline_LHN: Tensor
     prior_N: Tensor
+    embedding_N: Tensor
     bm25_N: Tensor
     gold_N: Tensor
 
@@ -159,6 +161,7 @@ def calibrate(observations: Sequence[Observation], provenance: dict[str, Any]) -
     heads = _best_heads(observations, count)
     evidence = [attention_evidence(seen.question_LHN, seen.baseline_LHN, heads) for seen in observations]
     prior = [standardised(seen.prior_N) for seen in observations]
+    embedding = [standardised(seen.embedding_N) for seen in observations]
     bm25 = [standardised(seen.bm25_N) for seen in observations]
     gold = [seen.gold_N for seen in observations]
     (alone,), (attention, weight) = _fit([evidence], gold), _fit([evidence, prior], gold)
@@ -170,6 +173,7 @@ def calibrate(observations: Sequence[Observation], provenance: dict[str, Any]) -
             "attention": _gold_first(evidence, gold),
             "prior": _gold_first(prior, gold),
             "attention+prior": _gold_first(both, gold),
+            "embedding": _gold_first(embedding, gold),
             "bm25": _gold_first(bm25, gold),
         },
     }
@@ -179,7 +183,7 @@ def calibrate(observations: Sequence[Observation], provenance: dict[str, Any]) -
         attention=attention,
         prior=weight,
         bm25=_fit([bm25], gold)[0],
-        embedding=_fit([prior], gold)[0],
+        embedding=_fit([embedding], gold)[0],
         provenance={**provenance, **figures},
     )
 

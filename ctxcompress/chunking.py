@@ -11,7 +11,12 @@ from dataclasses import dataclass
 
 from ctxcompress.types import Span
 
-CHUNK_TOKENS = 256  # a retrieved passage is one chunk; adapters are trained on documents of this length
+CHUNK_TOKENS = 64
+"""Most tokens of a chunk: a sentence or two.
+
+A budget then buys the sentences that answer as raw text, where larger chunks would have bought a coarser
+copy of everything. On Natural Questions and SQuAD 256 lose to 64; smaller ones cut sentences apart.
+"""
 BACK = 4  # a boundary is sought in the last quarter of a chunk
 
 

@@ -99,7 +99,7 @@ StoreFolder = Annotated[
     Path | None, typer.Option("--store", help="Where soft tokens are kept; default: store, in the index.")
 ]
 ChunkTokens = Annotated[
-    int | None, typer.Option(help="Most tokens of a chunk, which gets a ratio of its own; default: 256.")
+    int | None, typer.Option(help="Most tokens of a chunk, which gets a ratio of its own; default: 64.")
 ]
 TaskFile = Annotated[Path, typer.Option("--task", help="Questions: .jsonl or .jsonl.xz.")]
 Limit = Annotated[int | None, typer.Option(help="Questions to read.")]
@@ -224,6 +224,7 @@ def evaluate(
         float, typer.Option(help="Weight of attention against NLL; for scaled and paper.")
     ] = 0.5,
     ppl_sign: Annotated[int, typer.Option(help="Sign of the NLL: -1 as printed, or 1.")] = -1,
+    chunk_tokens: ChunkTokens = None,
     max_new_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.")] = 32,
     output_folder: Annotated[
         Path | None, typer.Option("--output", help="Folder of the run; default: ctxcompress-runs/TASK-HASH.")
@@ -255,7 +256,9 @@ def evaluate(
             prior=one_of("prior", prior, Prior),
         )
         with _progress() as report:
-            compressor = _loaded(report, model, calibration, seed, Embedder(embedder), dast, adapter)
+            compressor = _loaded(
+                report, model, calibration, seed, Embedder(embedder), dast, adapter, None, chunk_tokens
+            )
             wanted = tuple(row.strip() for row in rows.split(",") if row.strip())
             soft = any(row.startswith("soft:") for row in wanted)
             calibrated = compressor.dast.calibration
@@ -278,6 +281,7 @@ def evaluate(
                     "soft_calibration": compressor.soft_dast.calibration.settings if soft else None,
                     "budget_temperature": BUDGET_TEMPERATURE,
                     "adapter": compressor.soft.fingerprint if soft else None,
+                    "chunk_tokens": compressor.indexer.chunk_tokens if soft else None,
                     "embedder": embedder,
                     "dtype": str(compressor.backbone.model.dtype),
                     "versions": {

@@ -33,7 +33,7 @@ class Indexer:
         backbone: the base model, for the NLL of chunks.
         soft: encodes.
         store: keeps what was encoded.
-        chunk_tokens: most tokens of a chunk; None takes 256, or the encoder's window if that is less.
+        chunk_tokens: most tokens of a chunk; None takes 64, or the encoder's window if that is less.
 
     Raises:
         ConfigError: chunks beyond the encoder's window.
@@ -54,12 +54,12 @@ class Indexer:
         self.soft = soft
         self.store = store
         self._backbone = backbone
-        self._chunk_tokens = chunk_tokens
+        self.chunk_tokens = chunk_tokens
 
     def key(self, text: str) -> str:
         """What the store calls a document: a hash of its text and of everything that made its entry."""
         alignment = self.soft.config.window_alignment
-        return store_key(text, self.soft.fingerprint, self._chunk_tokens, alignment)
+        return store_key(text, self.soft.fingerprint, self.chunk_tokens, alignment)
 
     def read(
         self,
@@ -107,7 +107,7 @@ class Indexer:
 
     def _encoded(self, texts: Sequence[str], encodings: Sequence[Encoding]) -> list[StoredDocument]:
         chunks = [
-            chunked(text, encoding.ids, encoding.spans, self._chunk_tokens)
+            chunked(text, encoding.ids, encoding.spans, self.chunk_tokens)
             for text, encoding in zip(texts, encodings, strict=True)
         ]
         nothing_MD = torch.zeros(0, self.soft.encoder.config.hidden_size)

@@ -69,7 +69,7 @@ class ContextCompressor:
         store: keeps what was encoded for soft mode, so that no document is encoded twice: a `SoftTokenStore`
             or a folder for one; None keeps it in memory.
         chunk_tokens: most tokens of a chunk, the unit that gets a ratio of its own in soft mode; None takes
-            256, or the encoder's window if that is less.
+            64, or the encoder's window if that is less.
 
     Example:
         >>> compressor = ContextCompressor.from_pretrained("embedded")
@@ -142,7 +142,7 @@ class ContextCompressor:
             store: keeps what was encoded for soft mode: a `SoftTokenStore` or a folder for one; None keeps it
                 in memory.
             chunk_tokens: most tokens of a chunk, the unit that gets a ratio of its own in soft mode; None
-                takes 256, or the encoder's window if that is less.
+                takes 64, or the encoder's window if that is less.
 
         Raises:
             ModelError: the model or the calibration cannot be loaded.

@@ -77,7 +77,7 @@ class SoftShrink:
             )
         )
         encoded = time.perf_counter()
-        request = _chunk_request(documents, stored, self._soft, query)
+        request = chunk_request(documents, stored, self._soft, query)
         worth = weighed(self._weigher, request, self._progress) if request.ids else None
         scored = time.perf_counter()
         budget, scale, sizes = self._sizes(worth, list(map(len, request.ids)), sum(before))
@@ -178,12 +178,13 @@ def requested(documents: Sequence[Document], encodings: Sequence[Encoding], quer
     )
 
 
-def _chunk_request(
+def chunk_request(
     documents: Sequence[Document],
     stored: Sequence[StoredDocument],
     soft: SoftCompressor,
     query: str,
 ) -> Request:
+    """What soft mode asks an allocator: one unit a chunk, document after document."""
     texts: list[str] = []
     ids: list[tuple[int, ...]] = []
     retrieved: list[float | None] = []

