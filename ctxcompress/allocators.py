@@ -41,6 +41,7 @@ class Request:
         query: the question, or "".
         encoded: soft mode: every chunk as the encoder left it.
         nll_N: soft mode, if the allocator wants it: mean NLL of every chunk.
+        ends: soft mode: of every chunk, whether its document ends with it.
     """
 
     texts: Sequence[str]
@@ -49,6 +50,7 @@ class Request:
     query: str
     encoded: Sequence[EncodedText] = ()
     nll_N: Tensor | None = None
+    ends: Sequence[bool] | None = None
 
 
 class Allocator(Protocol):
@@ -138,11 +140,13 @@ class GlobalAttention:
 
     def worth(self, request: Request) -> Worth:
         """See `Allocator`."""
-        return self._dast.worth(self._read(request), request.query, request.retrieved, request.nll_N)
+        return self._dast.worth(
+            self._read(request), request.query, request.retrieved, request.nll_N, request.ends
+        )
 
     def masses(self, request: Request) -> tuple[Tensor, Tensor]:
         """What the scores are made of, for `calibrate`: see `DAST.masses`."""
-        return self._dast.masses(self._read(request), request.query)
+        return self._dast.masses(self._read(request), request.query, request.ends)
 
     def _read(self, request: Request) -> Sequence[Ids | Tensor]:
         """What the pass reads of each unit: all of its tokens, or coarse soft tokens."""

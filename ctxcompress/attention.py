@@ -5,16 +5,18 @@ SDPA. With one (a keyword of the model's forward that transformers hands down to
 computes the same output block by block and keeps only sums:
 
 - `ColumnSums`: attention each token receives from all queries, mean over layers and heads [DAC, s_t].
-- `SegmentMass`: attention a few query tokens pay to each document, per layer and head [DAST, eq. 4].
+- `SegmentMass`: attention that questions, none of which sees another, pay to each document, per layer and
+  head [DAST, eq. 4].
 - `TrainedMass`: the same for a few heads in the middle of a padded batch, with gradients.
 
-Shapes: B batch, H heads, G key-value heads, Q queries, T keys, D head size, N documents.
+Shapes: B batch, H heads, Q queries, T keys, S keys one question sees, D head size, N documents.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import accumulate
 from typing import Any, Protocol
 
 import torch
@@ -86,28 +88,53 @@ class ColumnSums:
 
 
 class SegmentMass:
-    """Attention that the last tokens of a sequence pay to each segment of keys, per layer and head.
+    """Attention that questions after some documents pay to each of them, per layer and head.
+
+    The questions stand one after another at the end of one sequence, and each sees the documents and itself:
+    a single pass reads them all.
 
     Args:
-        segments: half-open ranges of key positions, one per document.
+        segments: half-open ranges of key positions, one per document, before the questions.
+        questions: tokens of each question.
     """
 
-    def __init__(self, segments: Sequence[Span]) -> None:
+    def __init__(self, segments: Sequence[Span], questions: Sequence[int]) -> None:
         self._segments = segments
-        self._layers: list[Tensor] = []
+        self._questions = questions
+        self._layers: list[list[Tensor]] = [[] for _ in questions]
 
     @property
-    def mass_LHQN(self) -> Tensor:
-        """(layers, heads, queries, segments) float32; rows sum to at most 1, the rest went elsewhere."""
-        return torch.stack(self._layers)
+    def masses(self) -> list[Tensor]:
+        """(layers, heads, queries, segments) float32 of each question.
+
+        Rows sum to at most 1, the rest went elsewhere.
+        """
+        return [torch.stack(layers) for layers in self._layers]
 
     def attend(self, query_BHQD: Tensor, key_BHTD: Tensor, value_BHTD: Tensor, scaling: float) -> Tensor:
-        """See `Recorder`; one row, few queries."""
-        weights_BHQT = _causal_weights(query_BHQD, key_BHTD, scaling)
-        running = torch.nn.functional.pad(weights_BHQT[0].cumsum(dim=-1), (1, 0))
-        starts, stops = torch.tensor(self._segments, device=running.device).T
-        self._layers.append((running[..., stops] - running[..., starts]).clamp_(min=0))
-        return weights_BHQT.to(value_BHTD.dtype) @ value_BHTD
+        """See `Recorder`; one row, queries and keys cover the same positions."""
+        stops = list(accumulate(self._questions, initial=query_BHQD.shape[2] - sum(self._questions)))
+        shared = slice(0, stops[0])
+        outputs = [
+            torch.nn.functional.scaled_dot_product_attention(
+                query_BHQD[:, :, shared],
+                key_BHTD[:, :, shared],
+                value_BHTD[:, :, shared],
+                is_causal=True,
+                scale=scaling,
+            )
+        ]
+        for layers, own in zip(self._layers, map(slice, stops, stops[1:]), strict=True):
+            key_BHSD, value_BHSD = (
+                torch.cat([states[:, :, shared], states[:, :, own]], dim=2)
+                for states in (key_BHTD, value_BHTD)
+            )
+            weights_BHQS = _causal_weights(query_BHQD[:, :, own], key_BHSD, scaling)
+            running = torch.nn.functional.pad(weights_BHQS[0].cumsum(dim=-1), (1, 0))
+            starts, ends = torch.tensor(self._segments, device=running.device).T
+            layers.append((running[..., ends] - running[..., starts]).clamp_(min=0))
+            outputs.append(weights_BHQS.to(value_BHSD.dtype) @ value_BHSD)
+        return torch.cat(outputs, dim=2)
 
 
 class TrainedMass:

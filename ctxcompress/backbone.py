@@ -271,7 +271,7 @@ class Backbone:
         layers: int | None = None,
         with_nll: bool = False,
     ) -> QueryReading:
-        """Read all documents once, then each question after them, and see where its tokens look.
+        """Read all documents and, after them, each question apart, in one pass; see where its tokens look.
 
         Documents that do not fit the window together are read in as few windows as their order allows, a
         longer one in pieces; a window's mass counts by its share of all tokens.
@@ -320,8 +320,6 @@ class Backbone:
         with_nll: bool,
     ) -> QueryReading:
         """One window's mass per piece, and the *sum* of each piece's NLL."""
-        from transformers import DynamicCache
-
         parts: list[Ids | Tensor] = [prefix]
         segments: list[Span] = []
         end = len(prefix)
@@ -329,24 +327,25 @@ class Backbone:
             parts.append(documents[piece.text][piece.start : piece.stop])
             segments.append((end, end + len(parts[-1])))
             end = segments[-1][1]
-        rows_TD = splice(parts, self.model.get_input_embeddings())
-        trunk, cache = self._trunk(depth), DynamicCache()
-        hidden_TD = trunk(
-            inputs_embeds=rows_TD[None], past_key_values=cache, use_cache=True
-        ).last_hidden_state[0]
+        recorder = SegmentMass(segments, list(map(len, questions)))
+        positions = [*range(end), *(end + place for question in questions for place in range(len(question)))]
+        rows_TD = splice([*parts, *map(tuple, questions)], self.model.get_input_embeddings())
+        hidden_TD = self._trunk(depth)(
+            inputs_embeds=rows_TD[None],
+            position_ids=torch.tensor([positions], device=self.device),
+            # The recorder knows who sees whom; without a mask transformers would build one of T x T.
+            attention_mask=rows_TD.new_zeros(1, 1, 1, 1),
+            use_cache=False,
+            recorder=recorder,
+        ).last_hidden_state[0, :end]
         nll_N = None
         if with_nll:
             ids_T = torch.tensor([token for part in parts for token in part], device=self.device)
             nll_T = torch.cat([torch.zeros(1, dtype=torch.float32), self._nll(hidden_TD[:-1], ids_T[1:])])
             nll_N = torch.stack([nll_T[start:stop].sum() for start, stop in segments])
-        masses = []
-        for question in questions:
-            recorder = SegmentMass(segments)
-            question_ids = torch.tensor([list(question)], device=self.device)
-            trunk(question_ids, past_key_values=cache, use_cache=True, recorder=recorder)
-            cache.crop(-len(question))
-            mass_LHQN = recorder.mass_LHQN
-            masses.append(mass_LHQN[:, :, -1] if last_token else mass_LHQN.mean(dim=2))
+        masses = [
+            mass_LHQN[:, :, -1] if last_token else mass_LHQN.mean(dim=2) for mass_LHQN in recorder.masses
+        ]
         return QueryReading(torch.stack(masses).cpu(), nll_N)
 
     def sharing(self, depth: int | None = None) -> Any:

@@ -189,6 +189,7 @@ def chunk_request(
     ids: list[tuple[int, ...]] = []
     retrieved: list[float | None] = []
     nll: list[float] = []
+    last: list[bool] = []
     # Nothing is stored when everything fits the budget.
     for document, own in zip(documents, stored, strict=False):
         tokens = own.ids_T.tolist()
@@ -197,8 +198,10 @@ def chunk_request(
         texts += [document.text[slice(*chunk.span)] for chunk in own.chunks]
         retrieved += [document.score] * len(own.chunks)
         nll += [chunk.nll for chunk in own.chunks]
+        last += [chunk is own.chunks[-1] for chunk in own.chunks]
     encoded = [chunk for own in stored for chunk in encoded_chunks(own, soft)]
-    return Request(texts, ids, retrieved, query, encoded, torch.tensor(nll, dtype=torch.float64))
+    nll_N = torch.tensor(nll, dtype=torch.float64)
+    return Request(texts, ids, retrieved, query, encoded, nll_N, last)
 
 
 def weighed(weigher: Allocator, request: Request, progress: Progress | None) -> Worth:

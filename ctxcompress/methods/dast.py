@@ -77,12 +77,11 @@ class DAST:
     def scoring_ratio(self, tokens: Sequence[int], ratio_set: Sequence[int]) -> int:
         """The finest ratio at which documents of these lengths fill at most `window_share` of the window.
 
-        Every document brings a separator. The coarsest ratio if none is coarse enough: the pass then takes
-        several windows if it must.
+        The coarsest ratio if none is coarse enough: the pass then takes several windows if it must.
         """
         room = self._config.window_share * self._backbone.window
         for ratio in sorted(ratio_set):
-            if sum(windows(count, ratio) + 1 for count in tokens) <= room:
+            if sum(windows(count, ratio) for count in tokens) <= room:
                 return ratio
         return max(ratio_set)
 
@@ -92,8 +91,9 @@ class DAST:
         query: str,
         retrieved: Sequence[float | None],
         nll_N: Tensor | None = None,
+        ends: Sequence[bool] | None = None,
     ) -> Worth:
-        """Shares of the documents.
+        """Shares of the documents, or of their chunks.
 
         Args:
             documents: token ids or (M, D) soft tokens of each; at least one token in all.
@@ -101,11 +101,13 @@ class DAST:
             retrieved: the retriever's score of each document; used as prior when every document has one and
                 they are not all equal, as for chunks of a single document.
             nll_N: mean NLL of each document, nats; None reads it off the pass, which needs token ids.
+            ends: of each chunk, whether a document ends with it: then a blank line follows, as in prompts;
+                None means that all are documents.
         """
         if self._config.mode == "repaired":
-            return self._repaired(documents, query, retrieved)
+            return self._repaired(documents, query, retrieved, ends)
         reading = self._backbone.read_queries(
-            self._separated(documents),
+            self._separated(documents, ends),
             [self._around(query)[1]],
             prefix=self._around(query)[0],
             last_token=True,
@@ -124,10 +126,14 @@ class DAST:
         return Worth(shares(scores_N, self._config.temperature or default))
 
     def _repaired(
-        self, documents: Sequence[Ids | Tensor], query: str, retrieved: Sequence[float | None]
+        self,
+        documents: Sequence[Ids | Tensor],
+        query: str,
+        retrieved: Sequence[float | None],
+        ends: Sequence[bool] | None,
     ) -> Worth:
         question_LHN, baseline_LHN = self.masses(
-            documents, query, layers=1 + max(layer for layer, _ in self.calibration.heads)
+            documents, query, ends, layers=1 + max(layer for layer, _ in self.calibration.heads)
         )
         evidence_N = attention_evidence(question_LHN, baseline_LHN, self.calibration.heads)
         scores = [score for score in retrieved if score is not None]
@@ -144,28 +150,36 @@ class DAST:
         )
 
     def masses(
-        self, documents: Sequence[Ids | Tensor], query: str, *, layers: int | None = None
+        self,
+        documents: Sequence[Ids | Tensor],
+        query: str,
+        ends: Sequence[bool] | None = None,
+        *,
+        layers: int | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Attention mass (L, H, N) on each document: of the question's tokens, of a content-free one's."""
         reading = self._backbone.read_queries(
-            self._separated(documents),
+            self._separated(documents, ends),
             [self._around(query)[1], self._around(CONTENT_FREE)[1]],
             prefix=self._around(query)[0],
             layers=layers,
         )
         return reading.mass_QLHN[0], reading.mass_QLHN[1]
 
-    def _separated(self, documents: Sequence[Ids | Tensor]) -> list[Ids | Tensor]:
+    def _separated(
+        self, documents: Sequence[Ids | Tensor], ends: Sequence[bool] | None
+    ) -> list[Ids | Tensor]:
         separator = self._ids(BETWEEN)
         embed = self._backbone.model.get_input_embeddings()
-        return [
-            splice([document, separator], embed)
-            if isinstance(document, Tensor)
-            else (*document, *separator)
-            if document
-            else ()
-            for document in documents
-        ]
+        separated: list[Ids | Tensor] = []
+        for document, end in zip(documents, ends or [True] * len(documents), strict=True):
+            if not (end and len(document)):
+                separated.append(document)
+            elif isinstance(document, Tensor):
+                separated.append(splice([document, separator], embed))
+            else:
+                separated.append((*document, *separator))
+        return separated
 
     def _around(self, query: str) -> tuple[Ids, Ids]:
         """Token ids before the documents, and after them."""

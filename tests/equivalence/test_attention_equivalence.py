@@ -129,7 +129,7 @@ def test_recorders_leave_their_input_alone() -> None:
     before = states(70, 70, torch.float32, 1.0)
     given = [part.clone() for part in before]
     ColumnSums([(0, 70)] * ROWS).attend(*given, SCALING)
-    SegmentMass([(0, 70)]).attend(*given, SCALING)
+    SegmentMass([(0, 60)], [6, 4]).attend(*given, SCALING)
     assert all(torch.equal(*pair) for pair in zip(before, given, strict=True))
 
 
@@ -140,11 +140,14 @@ def test_segment_mass(queries: int, dtype: torch.dtype, spread: float) -> None:
     length = 150
     # A gap between segments, one of a single key, one that touches the next.
     segments = [(3, 40), (41, 42), (50, 100), (100, length - queries)]
-    query, key, value = states(length, queries, dtype, spread)
-    query, key, value = (part[:1] for part in (query, key, value))
-    recorder = SegmentMass(segments)
+    query, key, value = (part[:1] for part in states(length, length, dtype, spread))
+    recorder = SegmentMass(segments, [queries])
     fast_output = recorder.attend(query, key, value, SCALING)
-    assert recorder.mass_LHQN.shape == (1, HEADS, queries, len(segments))
+    (mass_LHQN,) = recorder.masses
+    assert mass_LHQN.shape == (1, HEADS, queries, len(segments))
+    theirs = scaled_dot_product_attention(query, key, value, is_causal=True)
+    close_to_theirs(fast_output, theirs, spread)
+    query = query[:, :, -queries:]
 
     exact = torch.tensor(
         [
@@ -158,20 +161,36 @@ def test_segment_mass(queries: int, dtype: torch.dtype, spread: float) -> None:
     )
     weights = naive_weights(query, key)
     naive = torch.stack([weights[0, ..., start:stop].sum(dim=-1) for start, stop in segments], dim=-1)
-    within_twice_the_naive_error(recorder.mass_LHQN[0], naive, exact)
-    theirs = scaled_dot_product_attention(query, key, value, attn_mask=visible(weights))
-    close_to_theirs(fast_output, theirs, spread)
+    within_twice_the_naive_error(mass_LHQN[0], naive, exact)
+
+
+@both_dtypes
+@spreads
+def test_questions_do_not_see_each_other(dtype: torch.dtype, spread: float) -> None:
+    segments, questions = [(2, 40), (40, 58)], [5, 1, 7]
+    given = [part[:1] for part in states(58 + sum(questions), 58 + sum(questions), dtype, spread)]
+    together = SegmentMass(segments, questions)
+    output = together.attend(*given, SCALING)
+    start = 58
+    for mass_LHQN, count in zip(together.masses, questions, strict=True):
+        own = [torch.cat([part[:, :, :58], part[:, :, start : start + count]], dim=2) for part in given]
+        alone = SegmentMass(segments, [count])
+        own_output = alone.attend(*own, SCALING)
+        torch.testing.assert_close(mass_LHQN, alone.masses[0])
+        torch.testing.assert_close(output[:, :, start : start + count], own_output[:, :, 58:])
+        start += count
+    assert output.shape == given[0].shape
 
 
 def test_mass_of_a_document_from_recorder_to_share() -> None:
-    query, key, value = (part[:1] for part in states(40, 1, torch.float32, 2.0))
+    query, key, value = (part[:1] for part in states(41, 41, torch.float32, 2.0))
     segments = [(1, 10), (10, 15), (20, 40)]
-    recorder = SegmentMass(segments)
+    recorder = SegmentMass(segments, [1])
     recorder.attend(query, key, value, SCALING)
     heads = [
-        reference.segment_mass(query[0, head, 0].tolist(), key[0, head].tolist(), segments)
+        reference.segment_mass(query[0, head, -1].tolist(), key[0, head].tolist(), segments)
         for head in range(HEADS)
     ]
     torch.testing.assert_close(
-        attention_mass(recorder.mass_LHQN[:, :, 0]), torch.tensor(reference.attention_mass(heads))
+        attention_mass(recorder.masses[0][:, :, 0]), torch.tensor(reference.attention_mass(heads))
     )

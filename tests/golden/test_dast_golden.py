@@ -42,11 +42,11 @@ def nll_of_chunks() -> Tensor:
 
 def recorded_mass() -> Tensor:
     """(1 layer, 1 head, 4 documents) as the recorder reads it from a layer's queries and keys."""
-    recorder = SegmentMass(DOCUMENTS)
-    recorder.attend(
-        torch.tensor([[[QUERY]]]), torch.tensor([[KEYS]]), torch.zeros(1, 1, 8, 2), scaling=1 / math.sqrt(2)
-    )
-    return recorder.mass_LHQN[:, :, 0]
+    recorder = SegmentMass(DOCUMENTS, [1])
+    query_BHQD = torch.zeros(1, 1, 8, 2)
+    query_BHQD[..., -1, :] = torch.tensor(QUERY)
+    recorder.attend(query_BHQD, torch.tensor([[KEYS]]), torch.zeros(1, 1, 8, 2), scaling=1 / math.sqrt(2))
+    return recorder.masses[0][:, :, 0]
 
 
 # -------------------------------------------------------------------------------------------- G1: eq. 3

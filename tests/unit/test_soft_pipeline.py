@@ -73,6 +73,30 @@ def test_budget_holds_and_raw_text_is_used_where_it_fits(
     assert len(result.parts()) == 3
 
 
+def test_chunks_are_weighed_as_they_stand_in_the_prompt(
+    backbone: Backbone, adapter: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A blank line follows each document, and nothing comes between its chunks."""
+    soft = ContextCompressor(backbone, adapter=adapter, chunk_tokens=12)
+    texts, read = [TEXTS[0], TEXTS[1]], []
+
+    def reading(self: Backbone, documents: Any, *args: Any, **settings: Any) -> Any:
+        read.extend(documents)
+        return unpatched(self, documents, *args, **settings)
+
+    unpatched = Backbone.read_queries
+    monkeypatch.setattr(Backbone, "read_queries", reading)
+    result = soft.compress(texts, "What flies?", compression_ratio=4, mode="soft")
+    counts = [len(document.chunks) for document in result.documents]
+    assert min(counts) > 1
+    separator = len(backbone.encode("\n\n").ids)
+    chunks = [chunk for document in result.documents for chunk in document.chunks]
+    last = [place + 1 in {counts[0], sum(counts)} for place in range(sum(counts))]
+    assert [len(rows) for rows in read] == [
+        windows(chunk.tokens_before, 8) + separator * end for chunk, end in zip(chunks, last, strict=True)
+    ]
+
+
 def test_dropping_needs_leave(soft: ContextCompressor) -> None:
     with pytest.raises(InputError, match="smallest sizes of"):
         soft.compress(TEXTS, "q", budget=5, mode="soft", allocator="uniform")
