@@ -30,6 +30,7 @@ from ctxcompress.attention import ATTENTION, ColumnSums, SegmentMass
 from ctxcompress.embedded import resolve_model
 from ctxcompress.errors import InputError, ModelError
 from ctxcompress.types import Span
+from ctxcompress.words import readable
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -172,7 +173,7 @@ class Backbone:
     def encode(self, text: str) -> Encoding:
         """Tokens of `text` without added special tokens; control strings inside the text are plain text."""
         encoded = self._plain(
-            text,
+            readable(text),
             add_special_tokens=False,
             split_special_tokens=True,
             return_offsets_mapping=True,

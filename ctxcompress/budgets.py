@@ -119,8 +119,8 @@ def reallocate(
     least = sum(own[0] for own in legal)
     if budget < least:
         raise InputError(
-            f"budget must be >= {least} tokens, the smallest sizes of {len(scores)} documents, got {budget}; "
-            "raise it, pass fewer documents, or allow a smaller size"
+            f"budget must be >= {least} tokens, the smallest sizes of {len(scores)} documents or chunks, got "
+            f"{budget}; raise it, pass fewer documents, or allow a smaller size"
         )
     steps = [
         min(range(len(own)), key=lambda step: abs(own[step] - budget * score))

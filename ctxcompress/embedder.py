@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from ctxcompress.embedded import EMBEDDED, resolve_embedder
 from ctxcompress.errors import MissingExtraError, ModelError
+from ctxcompress.words import readable
 
 
 class Embedder:
@@ -26,7 +27,10 @@ class Embedder:
     def embed(self, texts: Sequence[str], *, progress: bool = False) -> NDArray[np.float32]:
         """(texts, dimensions) float32; rows have length 1, so a dot product is the cosine similarity."""
         vectors: NDArray[np.float32] = self._model.encode(
-            list(texts), normalize_embeddings=True, show_progress_bar=progress, convert_to_numpy=True
+            [readable(text) for text in texts],
+            normalize_embeddings=True,
+            show_progress_bar=progress,
+            convert_to_numpy=True,
         )
         return vectors
 

@@ -17,7 +17,17 @@ from ctxcompress.types import Span
 
 MAX_UNIT_TOKENS = 16  # a longer "word" (a hash, base64) is cut: keeping or losing it whole helps nobody
 _BORDERS = regex.compile(r"\b", flags=regex.WORD | regex.VERSION1)
+_HALF_PAIRS = regex.compile("[\ud800-\udfff]")
 _CHARACTERS = regex.compile(r"\X")  # as readers see them: a letter with its marks, a whole family emoji
+
+
+def readable(text: str) -> str:
+    """`text` as tokenizers can read it: halves of surrogate pairs, which are no characters, become U+FFFD.
+
+    Texts cut by UTF-16 code units hold them. The length stays, and so do the places of all other characters.
+    """
+    whole: str = _HALF_PAIRS.sub("\N{REPLACEMENT CHARACTER}", text)
+    return whole
 
 
 def word_units(text: str, spans: Sequence[Span]) -> Tensor:

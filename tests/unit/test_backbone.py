@@ -179,6 +179,7 @@ TEXTS = [
     "שָׁלוֹם עולם",
     "a\r\n\tb\x0b",
     "<|end|>x<|user|>",
+    "half \ud83d of a pair, and \udc4d\ud83d both the wrong way round",
 ]
 
 

@@ -112,3 +112,8 @@ def test_passages_hold_all_words_and_carry_the_title() -> None:
     assert [word for body in bodies for word in body] == [f"w{number}" for number in range(510)]
     assert all(len(body) <= PASSAGE_WORDS for body in bodies)
     assert [passage.id for passage in passages] == [f"a.md#{number}" for number in range(len(passages))]
+
+
+def test_half_a_surrogate_pair_is_embedded_too(embedder: Embedder) -> None:
+    broken, whole = embedder.similarities("octopus \ud83d", ["octopus \udc4d", "railway timetable"])
+    assert broken > whole

@@ -97,6 +97,14 @@ def test_chunks_are_weighed_as_they_stand_in_the_prompt(
     ]
 
 
+@pytest.mark.parametrize("mode", ["text", "soft"])
+def test_texts_that_were_cut_within_a_character_are_read(soft: ContextCompressor, mode: Any) -> None:
+    texts = [f"\ud83d {TEXTS[0]}", f"{TEXTS[3]} \udc4d"]
+    result = soft.compress(texts, "Who? \ud83d", compression_ratio=2, mode=mode)
+    assert [document.original for document in result.documents] == texts
+    assert soft.answer(result, max_new_tokens=2).text is not None
+
+
 def test_dropping_needs_leave(soft: ContextCompressor) -> None:
     with pytest.raises(InputError, match="smallest sizes of"):
         soft.compress(TEXTS, "q", budget=5, mode="soft", allocator="uniform")
