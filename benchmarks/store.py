@@ -15,10 +15,12 @@ import random
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from pathlib import Path
 
 import torch
 
+from ctxcompress.chunking import CHUNK_TOKENS
 from ctxcompress.store import SoftTokenStore
 from ctxcompress.stored import StoredChunk, StoredDocument, StoreDtype
 
@@ -26,8 +28,11 @@ LOOKUP = 10  # documents of one query
 
 
 def documents(numbers: Sequence[int], tokens: int, windows: int, hidden: int) -> dict[str, StoredDocument]:
-    """Random documents of one chunk each, by key."""
-    chunks = (StoredChunk((0, 4 * tokens), tokens, 2.0, 1.0),)
+    """Random documents in chunks of the usual size, by key."""
+    chunks = tuple(
+        StoredChunk((4 * start, 4 * stop), stop - start, 2.0, 1.0)
+        for start, stop in pairwise([*range(0, tokens, CHUNK_TOKENS), tokens])
+    )
     counts_M = torch.full((windows,), 2, dtype=torch.int32)
     return {
         f"{number:064x}": StoredDocument(

@@ -13,7 +13,14 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
 from torch import Tensor
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
 
 from ctxcompress import Backbone, ModelError
 from ctxcompress.backbone import _packed, _windows, batches
@@ -109,6 +116,46 @@ def test_question_attention_equals_eager_model(backbone: Backbone, eager: LlamaF
     torch.testing.assert_close(
         reading.nll_N, torch.stack([nll[4:34].mean(), torch.tensor(0.0), nll[34:].mean()])
     )
+
+
+@pytest.mark.parametrize("family", ["mistral", "qwen2", "qwen3"])
+@torch.inference_mode()
+def test_other_families_equal_their_eager_selves(tiny_model: Path, tmp_path: Path, family: str) -> None:
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(
+        family,
+        vocab_size=400,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        max_position_embeddings=256,
+        initializer_range=0.3,
+        eos_token_id=0,
+        pad_token_id=0,
+        sliding_window=None,
+    )
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    AutoTokenizer.from_pretrained(tiny_model).save_pretrained(tmp_path)
+    base = Backbone.from_pretrained(tmp_path, dtype=torch.float32, device="cpu")
+    plain = AutoModelForCausalLM.from_pretrained(
+        tmp_path, dtype=torch.float32, attn_implementation="eager"
+    ).eval()
+    texts = [ids_of(130), ids_of(65)]
+    for signals, ids in zip(base.token_signals(texts), texts, strict=True):
+        nll, attention = eager_signals(plain, ids)
+        torch.testing.assert_close(signals.nll_T, nll, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(signals.attention_T, attention, atol=1e-4, rtol=1e-4)
+    prefix, questions = ids_of(4), [ids_of(9), ids_of(5)]
+    reading = base.read_queries(texts, questions, prefix=prefix)
+    for mass_LHN, question in zip(reading.mass_QLHN, questions, strict=True):
+        whole = torch.tensor([[*prefix, *texts[0], *texts[1], *question]])
+        weights_LHTT = torch.stack(plain(whole, output_attentions=True).attentions)[:, 0]
+        asked_LHT = weights_LHTT[:, :, -len(question) :].mean(dim=2)
+        expected_LHN = torch.stack([asked_LHT[..., 4:134].sum(-1), asked_LHT[..., 134:199].sum(-1)], dim=-1)
+        torch.testing.assert_close(mass_LHN, expected_LHN, atol=1e-5, rtol=1e-4)
 
 
 def test_reading_fewer_layers_equals_the_same_layers_of_all(backbone: Backbone) -> None:
