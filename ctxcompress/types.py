@@ -38,7 +38,7 @@ class Document:
     metadata: Mapping[str, Any] = field(default_factory=dict)
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, slots=True, eq=False, repr=False)
 class SoftTokens:
     """Embeddings that stand for many tokens, for one decoder.
 
@@ -56,6 +56,9 @@ class SoftTokens:
 
     def __len__(self) -> int:
         return len(self.embeddings_MD)
+
+    def __repr__(self) -> str:
+        return f"SoftTokens({len(self)} for {self.tokens} tokens, decoder {self.fingerprint!r})"
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,9 +158,9 @@ class CompressedDocument:
         }
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class CompressionResult:
-    """The documents of one call in the order they came, and what each cost.
+    """The documents of one call in the order they came, and what each cost; shown as a `BudgetTable`.
 
     Attributes:
         documents: one per input document.
@@ -229,10 +232,16 @@ class CompressionResult:
             "seconds": dict(self.seconds),
         }
 
+    def __repr__(self) -> str:
+        return repr(self._table())
+
     def _repr_html_(self) -> str:
+        return self._table()._repr_html_()
+
+    def _table(self) -> BudgetTable:
         details = f", budget {self.budget:,}, {self.mode}:{self.allocator}"
         accounts = [(document.id, document.account) for document in self.documents]
-        return BudgetTable(accounts, details)._repr_html_()
+        return BudgetTable(accounts, details)
 
 
 @dataclass(frozen=True, slots=True)

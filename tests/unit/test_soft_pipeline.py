@@ -73,6 +73,18 @@ def test_budget_holds_and_raw_text_is_used_where_it_fits(
     assert len(result.parts()) == 3
 
 
+def test_results_show_what_they_cost_and_no_numbers(soft: ContextCompressor) -> None:
+    result = soft.compress(TEXTS, compression_ratio=4, mode="soft", allocator="uniform")
+    shown = repr(result)
+    assert shown.startswith(f"{result.tokens_before} tokens -> {result.tokens_after} (")
+    assert shown.count("\n") == len(TEXTS)
+    (chunk,) = result.documents[0].chunks
+    decoder = soft.soft.fingerprint
+    left, tokens = chunk.tokens_after, chunk.tokens_before
+    assert repr(chunk.soft) == f"SoftTokens({left} for {tokens} tokens, decoder {decoder!r})"
+    assert "tensor" not in repr(result.documents)
+
+
 def test_chunks_are_weighed_as_they_stand_in_the_prompt(
     backbone: Backbone, adapter: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
