@@ -7,8 +7,6 @@ import math
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
-import regex
-
 from ctxcompress.errors import ConfigError, InputError
 
 Mode = Literal["auto", "text", "soft"]
@@ -104,6 +102,8 @@ class DACConfig:
             )
         if self.stages is not None and self.stages < 1:
             raise ConfigError(f"stages must be >= 1, got {self.stages}; leave it None for one per 100 tokens")
+        import regex  # late: packages that only name settings stay light
+
         for pattern in self.keep_patterns:
             try:
                 regex.compile(pattern)
