@@ -9,7 +9,7 @@ computes the same output block by block and keeps only sums:
   head [DAST, eq. 4].
 - `TrainedMass`: the same for a few heads in the middle of a padded batch, with gradients.
 
-Shapes: B batch, H heads, Q queries, T keys, S keys one question sees, D head size, N documents.
+Shapes: B batch, H heads, Q queries, T keys, D head size, N documents.
 """
 
 from __future__ import annotations
@@ -99,9 +99,10 @@ class SegmentMass:
     """
 
     def __init__(self, segments: Sequence[Span], questions: Sequence[int]) -> None:
-        self._segments = segments
-        self._questions = questions
-        self._layers: list[list[Tensor]] = [[] for _ in questions]
+        self._starts, self._ends = torch.tensor(segments).T
+        self._questions = list(questions)
+        self._layers: list[Tensor] = []
+        self._hidden_QT: Tensor | None = None
 
     @property
     def masses(self) -> list[Tensor]:
@@ -109,32 +110,39 @@ class SegmentMass:
 
         Rows sum to at most 1, the rest went elsewhere.
         """
-        return [torch.stack(layers) for layers in self._layers]
+        return list(torch.stack(self._layers).split(self._questions, dim=2))
 
     def attend(self, query_BHQD: Tensor, key_BHTD: Tensor, value_BHTD: Tensor, scaling: float) -> Tensor:
-        """See `Recorder`; one row, queries and keys cover the same positions."""
-        stops = list(accumulate(self._questions, initial=query_BHQD.shape[2] - sum(self._questions)))
-        shared = slice(0, stops[0])
-        outputs = [
-            torch.nn.functional.scaled_dot_product_attention(
-                query_BHQD[:, :, shared],
-                key_BHTD[:, :, shared],
-                value_BHTD[:, :, shared],
-                is_causal=True,
-                scale=scaling,
-            )
-        ]
-        for layers, own in zip(self._layers, map(slice, stops, stops[1:]), strict=True):
-            key_BHSD, value_BHSD = (
-                torch.cat([states[:, :, shared], states[:, :, own]], dim=2)
-                for states in (key_BHTD, value_BHTD)
-            )
-            weights_BHQS = _causal_weights(query_BHQD[:, :, own], key_BHSD, scaling)
-            running = torch.nn.functional.pad(weights_BHQS[0].cumsum(dim=-1), (1, 0))
-            starts, ends = torch.tensor(self._segments, device=running.device).T
-            layers.append((running[..., ends] - running[..., starts]).clamp_(min=0))
-            outputs.append(weights_BHQS.to(value_BHSD.dtype) @ value_BHSD)
-        return torch.cat(outputs, dim=2)
+        """See `Recorder`; one row. Keys without queries come first: they were computed in an earlier pass."""
+        asked, total = sum(self._questions), key_BHTD.shape[2]
+        shared, known = total - asked, total - query_BHQD.shape[2]
+        read_BHQD, asking_BHQD = query_BHQD.split([shared - known, asked], dim=2)
+        # Queries in front, whose output is dropped, let the kernel be causal without a mask of Q x T.
+        read_BHQD = torch.nn.functional.scaled_dot_product_attention(
+            torch.nn.functional.pad(read_BHQD, (0, 0, known, 0)),
+            key_BHTD[:, :, :shared],
+            value_BHTD[:, :, :shared],
+            is_causal=True,
+            scale=scaling,
+        )[:, :, known:]
+        scores_BHQT = (asking_BHQD @ key_BHTD.transpose(-1, -2)).float().mul_(scaling)
+        weights_BHQT = scores_BHQT.masked_fill_(self._hidden(scores_BHQT), -torch.inf).softmax(dim=-1)
+        running_HQT = torch.nn.functional.pad(weights_BHQT[0].cumsum(dim=-1), (1, 0))
+        self._layers.append((running_HQT[..., self._ends] - running_HQT[..., self._starts]).clamp_(min=0))
+        return torch.cat([read_BHQD, weights_BHQT.to(value_BHTD.dtype) @ value_BHTD], dim=2)
+
+    def _hidden(self, scores_BHQT: Tensor) -> Tensor:
+        """(Q, T) bool, True for keys that a query must not see: other questions, and what follows it."""
+        if self._hidden_QT is None:
+            queries, keys = scores_BHQT.shape[-2:]
+            hidden_QT = torch.zeros(queries, keys, dtype=torch.bool)
+            hidden_QT[:, keys - queries :] = True
+            stops = list(accumulate(self._questions, initial=0))
+            for own in map(slice, stops, stops[1:]):
+                own_keys = slice(keys - queries + own.start, keys - queries + own.stop)
+                hidden_QT[own, own_keys].triu_(1)
+            self._hidden_QT = hidden_QT.to(scores_BHQT.device)
+        return self._hidden_QT
 
 
 class TrainedMass:

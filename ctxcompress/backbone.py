@@ -4,6 +4,7 @@
 - `token_signals`: NLL and accumulated attention of every token [DAC], for many texts at once.
 - `token_nll`: how badly every token of a text was predicted, without the attention.
 - `read_queries`: the attention that questions pay to documents, raw or soft, and the documents' NLL [DAST].
+- `beginning`: the cache of a pass whose first tokens were read before.
 - `splice`: token ids and soft tokens -> input embeddings.
 
 No pass ever holds tokens x tokens attention or tokens x vocabulary logits of a whole text.
@@ -25,6 +26,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from transformers import DynamicCache
 
 from ctxcompress.attention import ATTENTION, ColumnSums, SegmentMass
 from ctxcompress.embedded import resolve_model
@@ -38,6 +40,7 @@ if TYPE_CHECKING:
 Ids = tuple[int, ...]
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 BATCH_TOKENS = 4096  # padded tokens of one forward pass over several texts
+KEPT_BEGINNINGS = 4  # beginnings of prompts whose keys and values are kept
 VOCABULARY_BLOCK = 32  # tokens whose logits exist at the same time: 32 x 49,152 x (2 + 4) bytes = 9.4 MB
 # While transformers loads a model it sets torch's default dtype for all threads.
 _LOADING = threading.Lock()
@@ -117,6 +120,7 @@ class Backbone:
         # for templates, threads cannot turn each other's text into control tokens.
         self._plain: Any = _plain_copy(tokenizer)
         self.name = name
+        self._beginnings: dict[Ids, list[tuple[Tensor, Tensor]]] = {}
         # Beyond a sliding window the model itself forgets keys, so a pass never reaches beyond it.
         limits = (model.config.max_position_embeddings, getattr(model.config, "sliding_window", None), window)
         self.window = min(limit for limit in limits if limit)
@@ -321,7 +325,8 @@ class Backbone:
         with_nll: bool,
     ) -> QueryReading:
         """One window's mass per piece, and the *sum* of each piece's NLL."""
-        parts: list[Ids | Tensor] = [prefix]
+        cache, known = self.beginning(prefix)
+        parts: list[Ids | Tensor] = [prefix[known:]]
         segments: list[Span] = []
         end = len(prefix)
         for piece in pieces:
@@ -329,25 +334,60 @@ class Backbone:
             segments.append((end, end + len(parts[-1])))
             end = segments[-1][1]
         recorder = SegmentMass(segments, list(map(len, questions)))
-        positions = [*range(end), *(end + place for question in questions for place in range(len(question)))]
+        positions = [
+            *range(known, end),
+            *(end + place for question in questions for place in range(len(question))),
+        ]
         rows_TD = splice([*parts, *map(tuple, questions)], self.model.get_input_embeddings())
         hidden_TD = self._trunk(depth)(
             inputs_embeds=rows_TD[None],
             position_ids=torch.tensor([positions], device=self.device),
             # The recorder knows who sees whom; without a mask transformers would build one of T x T.
             attention_mask=rows_TD.new_zeros(1, 1, 1, 1),
-            use_cache=False,
+            past_key_values=cache,
             recorder=recorder,
-        ).last_hidden_state[0, :end]
+        ).last_hidden_state[0, : end - known]
         nll_N = None
         if with_nll:
             ids_T = torch.tensor([token for part in parts for token in part], device=self.device)
             nll_T = torch.cat([torch.zeros(1, dtype=torch.float32), self._nll(hidden_TD[:-1], ids_T[1:])])
-            nll_N = torch.stack([nll_T[start:stop].sum() for start, stop in segments])
+            nll_N = torch.stack([nll_T[start - known : stop - known].sum() for start, stop in segments])
         masses = [
             mass_LHQN[:, :, -1] if last_token else mass_LHQN.mean(dim=2) for mass_LHQN in recorder.masses
         ]
         return QueryReading(torch.stack(masses).cpu(), nll_N)
+
+    @torch.inference_mode()
+    def beginning(self, ids: Sequence[int], rows: int = 1) -> tuple[DynamicCache, int]:
+        """A cache for a pass that begins with `ids`: keys and values of all of them but the last.
+
+        Prompts of one chat template begin alike, and what is kept of that costs its pass only once. The last
+        token is left to the new pass, whose first state then predicts what follows the beginning.
+
+        Args:
+            ids: first tokens of every row.
+            rows: of the pass.
+
+        Returns:
+            The cache, and how many tokens are in it.
+        """
+        known = tuple(ids[:-1])
+        cache = DynamicCache()
+        if known:
+            for layer, states in enumerate(self._kept(known)):
+                cache.update(*(each.expand(rows, -1, -1, -1) for each in states), layer)
+        return cache, len(known)
+
+    def _kept(self, ids: Ids) -> list[tuple[Tensor, Tensor]]:
+        """Keys and values (1, H, T, D) of every layer."""
+        kept = self._beginnings.get(ids)
+        if kept is None:
+            cache = DynamicCache()
+            self.model.model(torch.tensor([ids], device=self.device), past_key_values=cache, use_cache=True)
+            kept = [(layer.keys, layer.values) for layer in cache.layers]
+            # Another thread may have done the same meanwhile: either result will do.
+            self._beginnings = dict([*self._beginnings.items(), (ids, kept)][-KEPT_BEGINNINGS:])
+        return kept
 
     def sharing(self, depth: int | None = None) -> Any:
         """The model with modules of its own around the same weights, so that adapters can be added to it.

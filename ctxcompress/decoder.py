@@ -12,6 +12,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import copy
+import functools
 import math
 import queue
 import re
@@ -28,7 +29,7 @@ from transformers import GenerationConfig
 
 from ctxcompress.backbone import Backbone, Ids, batches, splice
 from ctxcompress.errors import CheckpointError, ConfigError, InputError
-from ctxcompress.prompt import length
+from ctxcompress.prompt import around_documents, length
 from ctxcompress.types import SoftTokens
 
 Prompt = Sequence[Ids | SoftTokens]
@@ -297,6 +298,11 @@ class LocalDecoder(Decoder):
         ends = [*ends] if isinstance(ends, (list, tuple)) else [ends]
         self._ends = {end for end in (*ends, backbone.tokenizer.eos_token_id) if end is not None}
 
+    @functools.cached_property
+    def _beginning(self) -> Ids:
+        """How every prompt about documents begins."""
+        return around_documents(self._backbone, "")[0]
+
     def _complete(self, prompts: list[CheckedPrompt], settings: Settings) -> list[Completion]:
         done: dict[int, Completion] = {}
         for places in batches([prompt.tokens + settings.max_new_tokens for prompt in prompts]):
@@ -366,14 +372,23 @@ class LocalDecoder(Decoder):
         """One batch, which the caller has cut to size."""
         embed = self._model.get_input_embeddings()
         rows = [splice(prompt.parts, embed) for prompt in prompts]
-        # Padding stands on the left, so that all rows continue at one place; positions follow from the mask.
-        embeds_BTD = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_side="left")
+        alike = all(_begins_with(prompt, self._beginning) for prompt in prompts)
+        cache, known = self._backbone.beginning(self._beginning if alike else (), len(prompts))
+        # Padding stands before what rows do not share, so that all continue at one place; positions follow
+        # from the mask.
+        rest_BTD = torch.nn.utils.rnn.pad_sequence(
+            [row[known:] for row in rows], batch_first=True, padding_side="left"
+        )
+        embeds_BTD = torch.cat([torch.stack([row[:known] for row in rows]), rest_BTD], dim=1)
         lengths_B = torch.tensor([len(row) for row in rows], device=embeds_BTD.device)
         places_T = torch.arange(embeds_BTD.shape[1], 0, -1, device=embeds_BTD.device)
+        shown_BT = places_T <= lengths_B[:, None] - known
+        shown_BT[:, :known] = True
         answers = [_Answer(self._backbone.tokenizer, self._ends, settings, listener) for _ in prompts]
         self._model.generate(
             inputs_embeds=embeds_BTD,
-            attention_mask=(places_T <= lengths_B[:, None]).long(),
+            attention_mask=shown_BT.long(),
+            past_key_values=cache,
             generation_config=GenerationConfig(max_new_tokens=settings.max_new_tokens, do_sample=False),
             logits_processor=[_Sampler(settings, len(rows))] if settings.temperature else [],
             stopping_criteria=[_Follower(answers, listener)],
@@ -542,6 +557,11 @@ def _piece(news: _News) -> str | Completion:
     if isinstance(news, BaseException):
         raise news
     return news
+
+
+def _begins_with(prompt: CheckedPrompt, ids: Ids) -> bool:
+    first = prompt.parts[0]
+    return not isinstance(first, Tensor) and first[: len(ids)] == ids
 
 
 def _strings(stop: str | Sequence[str]) -> tuple[str, ...]:

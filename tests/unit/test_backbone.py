@@ -23,7 +23,7 @@ from transformers import (
 )
 
 from ctxcompress import Backbone, ModelError
-from ctxcompress.backbone import _packed, _windows, batches
+from ctxcompress.backbone import KEPT_BEGINNINGS, _packed, _windows, batches
 from ctxcompress.errors import InputError
 
 LENGTHS = (1, 2, 17, 65, 130, 200)
@@ -164,6 +164,21 @@ def test_reading_fewer_layers_equals_the_same_layers_of_all(backbone: Backbone) 
     part = backbone.read_queries(documents, [question], prefix=ids_of(3), layers=2).mass_QLHN
     torch.testing.assert_close(part, whole[:, :2])
     assert backbone.model.config.num_hidden_layers == len(backbone.model.model.layers) == 3
+
+
+@torch.inference_mode()
+def test_a_pass_after_a_kept_beginning_equals_a_whole_one(backbone: Backbone) -> None:
+    begins = [ids_of(length, length) for length in range(2, 4 + KEPT_BEGINNINGS)]
+    for _ in range(2):
+        for ids in begins:
+            cache, known = backbone.beginning(ids, rows=2)
+            assert known == len(ids) - 1
+            rest = [[*ids[known:], *ids_of(5, seed)] for seed in (1, 2)]
+            part = backbone.model(torch.tensor(rest), past_key_values=cache).logits
+            whole = backbone.model(torch.tensor([[*ids[:known], *row] for row in rest])).logits
+            torch.testing.assert_close(part, whole[:, known:], atol=1e-4, rtol=1e-4)
+    assert len(backbone._beginnings) == KEPT_BEGINNINGS
+    assert [backbone.beginning(ids)[1] for ids in ((), (3,))] == [0, 0]
 
 
 def test_last_token_reads_only_the_last_question_token(backbone: Backbone) -> None:

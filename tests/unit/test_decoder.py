@@ -154,6 +154,19 @@ def test_batch_equals_one_by_one(
     assert [answer.soft_tokens for answer in alone] == [0, 0, 0, 0, len(soft(backbone, TEXTS[1]))]
 
 
+def test_a_batch_that_begins_alike_equals_step_by_step(backbone: Backbone, decoder: LocalDecoder) -> None:
+    alike = [question_prompt(backbone, "Where?", [text]) for text in TEXTS]
+    completions = decoder.generate_batch(alike, max_new_tokens=12)
+    assert [completion.text for completion in completions] == [
+        backbone.tokenizer.decode(argmax_ids(backbone, prompt), skip_special_tokens=True).strip()
+        for prompt in alike
+    ]
+    mixed = [alike[3], chat_prompt(backbone, [TEXTS[0]]), [soft(backbone, "red")]]
+    assert decoder.generate_batch(mixed, max_new_tokens=12) == [
+        decoder.generate(prompt, max_new_tokens=12) for prompt in mixed
+    ]
+
+
 def test_sampling_leaves_torchs_random_state_alone(decoder: LocalDecoder, prompts: list[list[Ids]]) -> None:
     with torch.random.fork_rng():
         texts = []
