@@ -10,7 +10,7 @@ def render(description: Mapping[str, Any]) -> str:
     """Markdown with a front matter, as model hubs read it.
 
     Args:
-        description: content of an adapter's `config.json`: base, compressor, training, measured.
+        description: content of an adapter's `config.json`: base, compressor, training, ratio_head, measured.
     """
     base, made = description["base"], description["compressor"]
     parts = [
@@ -28,6 +28,8 @@ def render(description: Mapping[str, Any]) -> str:
     ]
     if description["training"]:
         parts += ["## Training\n", _stages(description["training"])]
+    if description.get("ratio_head"):
+        parts += ["## Ratio head\n", _ratio_head(description["ratio_head"])]
     if description["measured"]:
         parts += ["## Measured\n", _measured(description["measured"])]
     return "\n".join(parts)
@@ -50,6 +52,15 @@ def _stages(stages: Sequence[Mapping[str, Any]]) -> str:
 
 def _losses(losses: Mapping[str, float]) -> str:
     return ", ".join(f"{name} {value:.2f}" for name, value in losses.items())
+
+
+def _ratio_head(fitted: Mapping[str, Any]) -> str:
+    lines = [
+        f"- fitted to {fitted['texts']:,} texts; labels: {fitted['labels']}",
+        f"- on texts it had not seen: R2 {fitted['r2']:.2f}, rank correlation {fitted['spearman']:.2f}",
+    ]
+    lines += [f"- data: {fitted['notice']}"] if fitted["notice"] else []
+    return "\n".join(lines) + "\n"
 
 
 def _measured(measured: Mapping[str, Mapping[str, float]]) -> str:

@@ -126,6 +126,7 @@ def save(
     dtype: torch.dtype | None = None,
     training: Sequence[Mapping[str, Any]] = (),
     measured: Mapping[str, Mapping[str, float]] | None = None,
+    ratio_head: Mapping[str, Any] | None = None,
 ) -> None:
     """Write a compressor's adapters; `config.json` comes last, so a folder with one is complete.
 
@@ -136,6 +137,7 @@ def save(
         training: what each stage of the training was, for the model card; see `train.loop`.
         measured: per ratio, as a string, the accuracy of the modes "text" and "soft"; `mode="auto"` follows
             it.
+        ratio_head: what the ratio head was fitted to and how well, for the model card.
     """
     from safetensors.torch import save as to_bytes
 
@@ -154,6 +156,7 @@ def save(
         "fingerprint": compressor.identity(),
         "training": list(training),
         "measured": dict(measured or {}),
+        "ratio_head": dict(ratio_head or {}),
         "files": {name: hashlib.sha256(content).hexdigest() for name, content in contents.items()},
     }
     contents["README.md"] = card.render(description).encode()

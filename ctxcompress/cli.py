@@ -403,6 +403,7 @@ def fit_ratio_head(
     limit: Annotated[int | None, typer.Option(help="Texts to read.")] = 2000,
     tokens: Annotated[int, typer.Option(help="Longest piece of a text that is judged, in tokens.")] = 48,
     tolerance: Annotated[float, typer.Option(help="Loss a label allows, in nats per token.")] = 0.5,
+    notice: Annotated[str, typer.Option(help="Sources and licences of the texts, for the model card.")] = "",
     model: Model = EMBEDDED,
     as_json: AsJson = False,
 ) -> None:
@@ -421,9 +422,14 @@ def fit_ratio_head(
         ids = [base.encode(record["text"][: 8 * compressor.window]).ids for record in records]
         if all("log2_ratio" in record for record in records):
             labels = [float(record["log2_ratio"]) for record in records]
+            said = "a teacher's"
         else:
             labels = compressibility(compressor, ids, tolerance=tolerance, tokens=tokens, progress=report)
             ids = cut(ids, tokens)
+            said = (
+                f"largest ratio at which repeating {tokens} tokens costs at most {tolerance:g} nats a token "
+                "more than at the finest"
+            )
         figures = fit(compressor, ids, labels)
         checkpoint.save(
             compressor,
@@ -431,6 +437,7 @@ def fit_ratio_head(
             dtype=base.model.dtype,
             training=described["training"],
             measured=described["measured"],
+            ratio_head={**figures, "labels": said, "notice": notice},
         )
     if as_json:
         _print_json(figures)

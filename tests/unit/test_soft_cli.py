@@ -22,6 +22,7 @@ NOTES = {
     "rome.md": "# Rome\n\nRome is the capital of Italy.\n\nIt lies on the Tiber.",
     "owls.txt": "Owls fly at night. They hunt mice and voles.",
 }
+WORDS = ("red", "blue", "Rome", "Tiber", "owl", "mice")
 
 
 @pytest.fixture(scope="module")
@@ -167,3 +168,27 @@ def test_heads_are_calibrated_on_soft_tokens_and_used(
     compressor = ContextCompressor.from_pretrained(tiny_model, device="cpu", adapter=own)
     assert [list(head) for head in compressor.soft_dast.calibration.heads] == soft["heads"]
     assert compressor.dast.calibration != compressor.soft_dast.calibration
+
+
+def test_a_fitted_ratio_head_is_in_the_card(tiny_model: Path, adapter: Path, tmp_path: Path) -> None:
+    own = tmp_path / "adapter"
+    shutil.copytree(adapter, own)
+    texts = tmp_path / "texts.jsonl"
+    texts.write_text(
+        "".join(json.dumps({"text": f"{word} {other} " * 4}) + "\n" for word in WORDS for other in WORDS[:2]),
+        encoding="utf-8",
+    )
+    command = ("fit-ratio-head", own, texts, "--model", tiny_model, "--tokens", 8, "--tolerance", 0.25)
+    figures = ran(*command, "--notice", "Words, CC0.")
+    described, card = checkpoint.describe(own), (own / "README.md").read_text(encoding="utf-8")
+    assert figures["texts"] == 2 * len(WORDS)
+    assert described["ratio_head"]["r2"] == figures["r2"]
+    assert described["fingerprint"] != checkpoint.describe(adapter)["fingerprint"]
+    for line in ("fitted to 12 texts", "repeating 8 tokens", "0.25 nats", "R2 ", "data: Words, CC0."):
+        assert line in card
+    checkpoint.load(Backbone.from_pretrained(tiny_model, device="cpu"), own)
+    # A teacher's word goes before the adapter's own losses.
+    told = [{"text": f"{word} {count}", "log2_ratio": count} for count in (1, 2, 3) for word in WORDS]
+    texts.write_text("".join(json.dumps(record) + "\n" for record in told), encoding="utf-8")
+    ran("fit-ratio-head", own, texts, "--model", tiny_model)
+    assert "labels: a teacher's" in (own / "README.md").read_text(encoding="utf-8")
