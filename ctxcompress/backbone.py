@@ -4,7 +4,7 @@
 - `token_signals`: NLL and accumulated attention of every token [DAC], for many texts at once.
 - `token_nll`: how badly every token of a text was predicted, without the attention.
 - `read_queries`: the attention that questions pay to documents, raw or soft, and the documents' NLL [DAST].
-- `beginning`: the cache of a pass whose first tokens were read before.
+- `prefix_cache`: keys and values of a pass whose first tokens were read before.
 - `splice`: token ids and soft tokens -> input embeddings.
 
 No pass ever holds tokens x tokens attention or tokens x vocabulary logits of a whole text.
@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 Ids = tuple[int, ...]
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 BATCH_TOKENS = 4096  # padded tokens of one forward pass over several texts
-KEPT_BEGINNINGS = 4  # beginnings of prompts whose keys and values are kept
+KEPT_PREFIXES = 4  # prefixes of prompts whose keys and values are kept
 VOCABULARY_BLOCK = 32  # tokens whose logits exist at the same time: 32 x 49,152 x (2 + 4) bytes = 9.4 MB
 # While transformers loads a model it sets torch's default dtype for all threads.
 _LOADING = threading.Lock()
@@ -120,7 +120,7 @@ class Backbone:
         # for templates, threads cannot turn each other's text into control tokens.
         self._plain: Any = _plain_copy(tokenizer)
         self.name = name
-        self._beginnings: dict[Ids, list[tuple[Tensor, Tensor]]] = {}
+        self._prefixes: dict[Ids, list[tuple[Tensor, Tensor]]] = {}
         # Beyond a sliding window the model itself forgets keys, so a pass never reaches beyond it.
         limits = (model.config.max_position_embeddings, getattr(model.config, "sliding_window", None), window)
         self.window = min(limit for limit in limits if limit)
@@ -325,7 +325,7 @@ class Backbone:
         with_nll: bool,
     ) -> QueryReading:
         """One window's mass per piece, and the *sum* of each piece's NLL."""
-        cache, known = self.beginning(prefix)
+        cache, known = self.prefix_cache(prefix)
         parts: list[Ids | Tensor] = [prefix[known:]]
         segments: list[Span] = []
         end = len(prefix)
@@ -358,11 +358,11 @@ class Backbone:
         return QueryReading(torch.stack(masses).cpu(), nll_N)
 
     @torch.inference_mode()
-    def beginning(self, ids: Sequence[int], rows: int = 1) -> tuple[DynamicCache, int]:
+    def prefix_cache(self, ids: Sequence[int], rows: int = 1) -> tuple[DynamicCache, int]:
         """A cache for a pass that begins with `ids`: keys and values of all of them but the last.
 
         Prompts of one chat template begin alike, and what is kept of that costs its pass only once. The last
-        token is left to the new pass, whose first state then predicts what follows the beginning.
+        token is left to the new pass, whose first state then predicts what follows the prefix.
 
         Args:
             ids: first tokens of every row.
@@ -380,13 +380,13 @@ class Backbone:
 
     def _kept(self, ids: Ids) -> list[tuple[Tensor, Tensor]]:
         """Keys and values (1, H, T, D) of every layer."""
-        kept = self._beginnings.get(ids)
+        kept = self._prefixes.get(ids)
         if kept is None:
             cache = DynamicCache()
             self.model.model(torch.tensor([ids], device=self.device), past_key_values=cache, use_cache=True)
             kept = [(layer.keys, layer.values) for layer in cache.layers]
             # Another thread may have done the same meanwhile: either result will do.
-            self._beginnings = dict([*self._beginnings.items(), (ids, kept)][-KEPT_BEGINNINGS:])
+            self._prefixes = dict([*self._prefixes.items(), (ids, kept)][-KEPT_PREFIXES:])
         return kept
 
     def sharing(self, depth: int | None = None) -> Any:

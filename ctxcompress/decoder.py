@@ -299,7 +299,7 @@ class LocalDecoder(Decoder):
         self._ends = {end for end in (*ends, backbone.tokenizer.eos_token_id) if end is not None}
 
     @functools.cached_property
-    def _beginning(self) -> Ids:
+    def _prefix(self) -> Ids:
         """How every prompt about documents begins."""
         return around_documents(self._backbone, "")[0]
 
@@ -372,8 +372,8 @@ class LocalDecoder(Decoder):
         """One batch, which the caller has cut to size."""
         embed = self._model.get_input_embeddings()
         rows = [splice(prompt.parts, embed) for prompt in prompts]
-        alike = all(_begins_with(prompt, self._beginning) for prompt in prompts)
-        cache, known = self._backbone.beginning(self._beginning if alike else (), len(prompts))
+        alike = all(_begins_with(prompt, self._prefix) for prompt in prompts)
+        cache, known = self._backbone.prefix_cache(self._prefix if alike else (), len(prompts))
         # Padding stands before what rows do not share, so that all continue at one place; positions follow
         # from the mask.
         rest_BTD = torch.nn.utils.rnn.pad_sequence(

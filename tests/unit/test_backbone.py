@@ -23,7 +23,7 @@ from transformers import (
 )
 
 from ctxcompress import Backbone, ModelError
-from ctxcompress.backbone import KEPT_BEGINNINGS, _packed, _windows, batches
+from ctxcompress.backbone import KEPT_PREFIXES, _packed, _windows, batches
 from ctxcompress.errors import InputError
 
 LENGTHS = (1, 2, 17, 65, 130, 200)
@@ -167,18 +167,18 @@ def test_reading_fewer_layers_equals_the_same_layers_of_all(backbone: Backbone) 
 
 
 @torch.inference_mode()
-def test_a_pass_after_a_kept_beginning_equals_a_whole_one(backbone: Backbone) -> None:
-    begins = [ids_of(length, length) for length in range(2, 4 + KEPT_BEGINNINGS)]
+def test_a_pass_after_a_kept_prefix_equals_a_whole_one(backbone: Backbone) -> None:
+    prefixes = [ids_of(length, length) for length in range(2, 4 + KEPT_PREFIXES)]
     for _ in range(2):
-        for ids in begins:
-            cache, known = backbone.beginning(ids, rows=2)
+        for ids in prefixes:
+            cache, known = backbone.prefix_cache(ids, rows=2)
             assert known == len(ids) - 1
             rest = [[*ids[known:], *ids_of(5, seed)] for seed in (1, 2)]
             part = backbone.model(torch.tensor(rest), past_key_values=cache).logits
             whole = backbone.model(torch.tensor([[*ids[:known], *row] for row in rest])).logits
             torch.testing.assert_close(part, whole[:, known:], atol=1e-4, rtol=1e-4)
-    assert len(backbone._beginnings) == KEPT_BEGINNINGS
-    assert [backbone.beginning(ids)[1] for ids in ((), (3,))] == [0, 0]
+    assert len(backbone._prefixes) == KEPT_PREFIXES
+    assert [backbone.prefix_cache(ids)[1] for ids in ((), (3,))] == [0, 0]
 
 
 def test_last_token_reads_only_the_last_question_token(backbone: Backbone) -> None:
