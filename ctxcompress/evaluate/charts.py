@@ -9,6 +9,7 @@ import io
 import itertools
 import json
 import math
+import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -30,6 +31,7 @@ STYLES = {
 }
 _LEVELS = {"full": (0, (6, 3)), "none": (0, (2, 2))}
 _INK = "#333333"
+TITLE_WIDTH = 54  # characters of a title that fit over the axes
 
 _Number = float | None
 Point = tuple[float, float, _Number, _Number]
@@ -96,7 +98,8 @@ def drawn(title: str, panels: Sequence[Panel]) -> bytes:
     FigureCanvasAgg(figure)
     handles: dict[str, Any] = {}
     all_axes = figure.subplots(len(panels), 1, sharex=True, squeeze=False)[:, 0]
-    all_axes[0].set_title(_safe(title), fontsize=12, color=_INK, loc="left", parse_math=False)
+    shown = textwrap.fill(_safe(title, 2 * TITLE_WIDTH), TITLE_WIDTH)
+    all_axes[0].set_title(shown, fontsize=12, color=_INK, loc="left", parse_math=False)
     for axes, panel in zip(all_axes, panels, strict=True):
         handles |= _plotted(axes, panel)
     legend = figure.legend(
@@ -192,10 +195,10 @@ def _log2_axis(axes: Any, ratios: Sequence[float]) -> None:
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}x")
 
 
-def _safe(text: str) -> str:
+def _safe(text: str, most: int = 72) -> str:
     """Short, and only what the built-in font has; all else is named in the page."""
     drawn = "".join(letter if letter.isascii() and letter.isprintable() else "?" for letter in text)
-    return drawn if len(drawn) <= 72 else drawn[:69] + "..."
+    return drawn if len(drawn) <= most else drawn[: most - 3] + "..."
 
 
 _CSS = """
