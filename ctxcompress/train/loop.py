@@ -54,6 +54,8 @@ def train(recipe: Recipe, progress: Progress | None = None) -> SoftCompressor:
         CheckpointError: the output folder holds a run of another recipe.
         ConfigError: the recipe does not fit the adapters it starts from.
     """
+    from peft.helpers import disable_input_dtype_casting
+
     accelerator = _accelerator(recipe)
     output = Path(recipe.output)
     if accelerator.is_main_process:
@@ -74,7 +76,9 @@ def train(recipe: Recipe, progress: Progress | None = None) -> SoftCompressor:
     samples = Samples(recipe, base)
     for step in range(first, recipe.steps):
         started = time.perf_counter()
-        figures = _step(accelerator, model, optimizer, samples, recipe, step)
+        # PEFT would widen every input to the adapters' float32, and autocast make it bfloat16 again.
+        with disable_input_dtype_casting(model):
+            figures = _step(accelerator, model, optimizer, samples, recipe, step)
         if accelerator.is_main_process:
             figures["seconds"] = time.perf_counter() - started
             _log(output, figures)
