@@ -27,6 +27,7 @@ NEXT_QUESTION = "Question: {query}\nGive a short answer taken from the context."
 QUESTION_ABOUT = ("Context:\n", "\n\n" + NEXT_QUESTION)
 REPEAT = "\n\nRepeat the text above."
 CONTINUE = "\n\nContinue the text above."
+RECALL = 'What follows "{quote}"?'
 BETWEEN = "\n\n"
 
 

@@ -18,11 +18,20 @@ from typing import Any
 
 from ctxcompress.backbone import Backbone, Ids
 from ctxcompress.errors import InputError
-from ctxcompress.prompt import CONTINUE, NEXT_QUESTION, REPEAT, chat_prompt, follow_up, question_prompt
+from ctxcompress.prompt import (
+    CONTINUE,
+    NEXT_QUESTION,
+    RECALL,
+    REPEAT,
+    chat_prompt,
+    follow_up,
+    question_prompt,
+)
 from ctxcompress.train.recipe import Recipe
 
 CANDIDATES = 4  # a batch of questions is cut from this many times its size, sorted by length
 ATTEMPTS = 100  # records tried for one sample before the data is called unsuitable
+QUOTED, RECALLED = 8, 24  # tokens of a passage that recall shows, and tokens after them that it asks for
 _QUESTION = ("question", "answers", "documents")
 
 
@@ -93,11 +102,33 @@ class Samples:
             # One length for the whole batch, drawn evenly in its logarithm: hardly any padding.
             shortest, longest = recipe.tokens
             tokens = round(shortest * (longest / shortest) ** draw.random())
-            samples = [self._text(draw, objective, tokens) for _ in range(recipe.batch_size)]
+            make = {"reconstruction": self._repeat, "continuation": self._go_on, "recall": self._recall}
+            samples = [make[objective](draw, tokens) for _ in range(recipe.batch_size)]
         return Batch(objective, ratio, tuple(samples))
 
-    def _text(self, draw: random.Random, objective: str, tokens: int) -> Sample:
-        wanted = tokens if objective == "reconstruction" else 2 * tokens
+    def _repeat(self, draw: random.Random, tokens: int) -> Sample:
+        document = self._text(draw, tokens)
+        return self._sample([document], [Slot(0), REPEAT], (*document, *self._end))
+
+    def _go_on(self, draw: random.Random, tokens: int) -> Sample:
+        ids = self._text(draw, 2 * tokens)
+        return self._sample([ids[:tokens]], [Slot(0), CONTINUE], ids[tokens:])
+
+    def _recall(self, draw: random.Random, tokens: int) -> Sample:
+        """Questions for what follows a quote: as answers are, it is found by content, not by its place."""
+        ids = [self._text(draw, tokens) for _ in range(draw.randint(*self._recipe.documents))]
+        gold = draw.randrange(len(ids))
+        quoted, recalled = min(QUOTED, tokens // 4), min(RECALLED, tokens // 2)
+        asked = []
+        for _ in range(self._recipe.questions_per_sample):
+            start = draw.randrange(tokens - quoted - recalled + 1)
+            stop = start + quoted
+            quote = self._backbone.tokenizer.decode(ids[gold][start:stop])
+            answer = (*ids[gold][stop : stop + recalled], *self._end)
+            asked.append((RECALL.replace("{quote}", quote), answer))
+        return self._conversation(ids, asked, (gold,))
+
+    def _text(self, draw: random.Random, wanted: int) -> Ids:
         for _ in range(ATTEMPTS):
             text = draw.choice(self._texts)
             # Six characters a token is more than English needs: cut before encoding, not after.
@@ -105,15 +136,10 @@ class Samples:
             start = _word_start(text, start)
             ids = self._backbone.encode(text[start : start + 6 * wanted]).ids
             if len(ids) >= wanted:
-                break
-        else:
-            raise InputError(
-                f"no text of {wanted} tokens in {ATTEMPTS} draws from {self._recipe.texts}; lower tokens"
-            )
-        document, rest = ids[:tokens], ids[tokens:wanted]
-        if objective == "reconstruction":
-            return self._sample([document], [Slot(0), REPEAT], (*document, *self._end))
-        return self._sample([document], [Slot(0), CONTINUE], rest)
+                return ids[:wanted]
+        raise InputError(
+            f"no text of {wanted} tokens in {ATTEMPTS} draws from {self._recipe.texts}; lower tokens"
+        )
 
     def _question(self, draw: random.Random) -> Sample:
         recipe = self._recipe
@@ -137,16 +163,27 @@ class Samples:
                 f"{recipe.longest_document} tokens in {ATTEMPTS} draws from {recipe.questions}; complete the "
                 "records, or raise longest_document"
             )
-        slots = [[Slot(place)] for place in range(len(ids))]
-        prompt = tuple(question_prompt(self._backbone, record["question"], slots))
-        turns = [(prompt, self._answer(draw, record))]
+        asked = [(record["question"], self._answer(draw, record))]
         siblings = [other for other in self._by_gold[_shown(gold[0])] if other is not record]
         for other in draw.sample(siblings, min(recipe.questions_per_sample - 1, len(siblings))):
-            between = follow_up(self._backbone, NEXT_QUESTION.replace("{query}", other["question"]))
-            if between is not None:
-                turns.append(((between,), self._answer(draw, other)))
+            asked.append((other["question"], self._answer(draw, other)))
         golden = tuple(place for place, text in enumerate(documents) if text in known)
-        return Sample(tuple(ids), tuple(turns), golden if len(golden) < len(ids) else ())
+        return self._conversation(ids, asked, golden)
+
+    def _conversation(
+        self, documents: Sequence[Ids], asked: Sequence[tuple[str, Ids]], gold: tuple[int, ...]
+    ) -> Sample:
+        """Questions and answers in turn; only the first of them if the template cannot go on."""
+        slots = [[Slot(place)] for place in range(len(documents))]
+        (question, answer), *others = asked
+        turns: list[tuple[tuple[Ids | Slot, ...], Ids]] = [
+            (tuple(question_prompt(self._backbone, question, slots)), answer)
+        ]
+        for question, answer in others:
+            between = follow_up(self._backbone, NEXT_QUESTION.replace("{query}", question))
+            if between is not None:
+                turns.append(((between,), answer))
+        return Sample(tuple(documents), tuple(turns), gold if len(gold) < len(documents) else ())
 
     def _answer(self, draw: random.Random, record: dict[str, Any]) -> Ids:
         return (*self._backbone.encode(draw.choice(record["answers"])).ids, *self._end)

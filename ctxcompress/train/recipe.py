@@ -15,8 +15,8 @@ from ctxcompress.config import SoftConfig, one_of
 from ctxcompress.embedded import EMBEDDED
 from ctxcompress.errors import ConfigError, InputError
 
-Objective = Literal["reconstruction", "continuation", "answer"]
-_NEEDS = {"reconstruction": "texts", "continuation": "texts", "answer": "questions"}
+Objective = Literal["reconstruction", "continuation", "recall", "answer"]
+_NEEDS = {"reconstruction": "texts", "continuation": "texts", "recall": "texts", "answer": "questions"}
 # Whole numbers and the least each can be.
 _WHOLE = {
     "steps": 1,
@@ -38,14 +38,18 @@ class Recipe:
         base: model the adapters are for: "embedded", a local folder or a hub id.
         start: folder of adapters to go on from; "" starts fresh.
         compressor: what to build when starting fresh.
-        texts: files of texts, `{"text"}` a line, for reconstruction and continuation.
+        texts: files of texts, `{"text"}` a line, for reconstruction, continuation and recall.
         questions: files of questions with documents, for answers.
-        objectives: weights of the objectives; each batch draws one.
+        objectives: weights of the objectives; each batch draws one. "reconstruction" repeats a text,
+            "continuation" goes on after it, "recall" is asked what follows a few words in the middle of it,
+            "answer" answers questions.
         ratios: weights of the compression ratios; each batch draws one; 1 is raw text.
-        tokens: shortest and longest text of reconstruction and continuation, in tokens.
-        documents: fewest and most documents of a question; others come from the same title.
+        tokens: shortest and longest text of reconstruction, continuation and recall, in tokens.
+        documents: fewest and most documents of a question, whose others come from the same title, and of
+            recall, whose others are other texts.
         longest_document: documents with more tokens are left out.
-        questions_per_sample: most questions asked in turn about one set of documents, which is encoded once.
+        questions_per_sample: most questions, of answers or recall, asked in turn about one set of documents,
+            which is encoded once.
         distillation: weight of KL(decoder reading raw text || decoder reading soft tokens) beside the
             cross-entropy of answers and continuations.
         attention: weight of a loss that makes the base's retrieval heads look from the question to the gold
@@ -128,6 +132,11 @@ class Recipe:
     def _check_objectives(self) -> None:
         for objective in self.objectives:
             one_of("an objective", objective, Objective)
+        if self.objectives.get("recall") and self.tokens[0] < 4:
+            raise ConfigError(
+                "tokens must be at least 4 for recall, which quotes a quarter of a text, got "
+                f"{self.tokens[0]}; raise it, or set recall to 0"
+            )
         _check_weights("objectives", self.objectives)
         _check_weights("ratios", self.ratios)
         for objective, name in _NEEDS.items():
@@ -157,6 +166,7 @@ class Recipe:
         for objective, name, longest in (
             ("reconstruction", "tokens", self.tokens[1]),
             ("continuation", "tokens", self.tokens[1]),
+            ("recall", "tokens", self.tokens[1]),
             ("answer", "longest_document", self.longest_document),
         ):
             if self.objectives.get(objective) and longest > compressor.window:

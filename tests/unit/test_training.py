@@ -57,7 +57,7 @@ def files(tmp_path: Path) -> tuple[str, str]:
 def settings(files: tuple[str, str], tmp_path: Path) -> dict[str, Any]:
     return {
         "output": str(tmp_path / "run"), "compressor": SOFT, "texts": (files[0],), "questions": (files[1],),
-        "objectives": {"reconstruction": 1.0, "continuation": 1.0, "answer": 1.0},
+        "objectives": {"reconstruction": 1.0, "continuation": 1.0, "recall": 1.0, "answer": 1.0},
         "ratios": {1: 1.0, 2: 1.0, 4: 1.0}, "tokens": (5, 20), "documents": (1, 4), "longest_document": 60,
         "batch_size": 3,
     }  # fmt: skip
@@ -84,7 +84,7 @@ def test_batches_are_a_function_of_seed_and_number(settings: dict[str, Any], bac
     again = Samples(Recipe(**settings), backbone)
     assert [again.batch(number) for number in reversed(range(20))] == forwards[::-1]
     assert Samples(Recipe(**settings, seed=1), backbone).batch(0) != forwards[0]
-    assert {batch.objective for batch in forwards} == {"reconstruction", "continuation", "answer"}
+    assert {batch.objective for batch in forwards} == {"reconstruction", "continuation", "recall", "answer"}
     assert {batch.ratio for batch in forwards} == {1, 2, 4}
 
 
@@ -119,6 +119,28 @@ def test_continuation_goes_on_where_the_document_ends(settings: dict[str, Any], 
         assert len(sample.targets) == len(document)
         assert backbone.tokenizer.decode([*document, *sample.targets]) in " ".join(TEXTS)
         assert sample.turns[0][0] == tuple(chat_prompt(backbone, [Slot(0), "\n\nContinue the text above."]))
+
+
+def test_recall_asks_what_follows_a_quote_of_one_document(
+    settings: dict[str, Any], backbone: Backbone
+) -> None:
+    end = backbone.tokenizer.convert_tokens_to_ids("<|end|>")
+    recipe = only(settings, "recall", tokens=(16, 16), documents=(2, 3), questions_per_sample=2)
+    samples = Samples(recipe, backbone).batch(0).samples
+    for sample in samples:
+        assert {len(document) for document in sample.documents} == {16}
+        (gold,) = sample.gold
+        text = backbone.tokenizer.decode(sample.documents[gold])
+        assert len(sample.turns) == 2
+        for prompt, target in sample.turns:
+            # Of 16 tokens a quarter is shown and half is asked for.
+            quote = backbone.tokenizer.decode(prompt[-1]).split('What follows "')[1].split('"?')[0]
+            assert len(target) == 8 + 1
+            assert target[-1] == end
+            assert quote + backbone.tokenizer.decode(target[:-1]) in text
+    assert len({sample.gold for sample in samples}) > 1
+    (alone,) = Samples(only(settings, "recall", documents=(1, 1), batch_size=1), backbone).batch(0).samples
+    assert alone.gold == ()
 
 
 def test_texts_of_a_batch_are_equally_long(settings: dict[str, Any], backbone: Backbone) -> None:
@@ -448,6 +470,7 @@ def test_learning_rate_by_hand(settings: dict[str, Any]) -> None:
         ({"objectives": {}}, "objectives must have"),
         ({"objectives": {"answer": 0.0}}, "not all 0"),
         ({"objectives": {"answer": -1.0, "continuation": 2.0}}, "weights >= 0"),
+        ({"objectives": {"recall": 1.0}, "tokens": (3, 9)}, "tokens must be at least 4 for recall"),
         ({"objectives": {"answers": 1.0}}, "an objective must be one of 'reconstruction'"),
         ({"ratios": {2: 0.0}}, "not all 0"),
         ({"ratios": {2: math.inf}}, "finite weights"),
