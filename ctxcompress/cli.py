@@ -226,6 +226,9 @@ def evaluate(
     ppl_sign: Annotated[int, typer.Option(help="Sign of the NLL: -1 as printed, or 1.")] = -1,
     chunk_tokens: ChunkTokens = None,
     max_new_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.")] = 32,
+    batch_size: Annotated[
+        int, typer.Option(help="Questions answered at once; more is sooner, one is what a user waits for.")
+    ] = 1,
     output_folder: Annotated[
         Path | None, typer.Option("--output", help="Folder of the run; default: ctxcompress-runs/TASK-HASH.")
     ] = None,
@@ -274,6 +277,7 @@ def evaluate(
                 offset=offset,
                 seed=seed,
                 max_new_tokens=max_new_tokens,
+                batch_size=batch_size,
                 settings={
                     "dast": to_dict(dast),
                     "dac": to_dict(DACConfig()),

@@ -16,7 +16,7 @@ from ctxcompress import Calibration, ConfigError, ContextCompressor, Document, I
 from ctxcompress.calibration import Observation, calibrate
 from ctxcompress.cli import app
 from ctxcompress.evaluate.metrics import bootstrap_interval, contains_answer, exact_match, f1
-from ctxcompress.evaluate.runner import EvaluationConfig, evaluate
+from ctxcompress.evaluate.runner import EvaluationConfig, evaluate, read_records
 from ctxcompress.evaluate.signals import observe
 from ctxcompress.tasks import Question, read_task
 
@@ -99,6 +99,25 @@ def test_interrupted_run_is_taken_up_again(compressor: ContextCompressor, task: 
         {name: value for name, value in row.items() if name != "seconds_mean"} for row in whole["rows"]
     ]
     assert untimed == [{n: v for n, v in row.items() if n != "seconds_mean"} for row in resumed["rows"]]
+
+
+def test_batches_give_the_same_figures(compressor: ContextCompressor, task: Path, tmp_path: Path) -> None:
+    questions = read_task(task)
+    singly, batched = (
+        evaluate(compressor, questions, configured(batch_size=size), tmp_path / str(size))["rows"]
+        for size in (1, 3)
+    )
+    for one, many in zip(singly, batched, strict=True):
+        assert one.pop("seconds_mean") > 0
+        assert many.pop("seconds_mean") > 0
+        assert one == many
+    answers = [
+        {(record["id"], record["row"]): record["answer"] for record in read_records(tmp_path / size)}
+        for size in ("1", "3")
+    ]
+    assert answers[0] == answers[1]
+    with pytest.raises(ConfigError, match="batch_size"):
+        configured(batch_size=0)
 
 
 def test_a_folder_belongs_to_one_configuration(
