@@ -14,9 +14,11 @@ import torch
 from ctxcompress import DAC, Backbone, ContextCompressor, ModelError, checkpoint
 from ctxcompress import embedded as embedded_module
 from ctxcompress.backbone import native_dtype
+from ctxcompress.config import SoftConfig
 from ctxcompress.embedded import resolve_model
 from ctxcompress.prompt import REPEAT, chat_prompt, question_prompt
 from ctxcompress.retrieval import FolderIndex
+from ctxcompress.soft import SoftCompressor
 
 pytestmark = pytest.mark.model
 
@@ -102,6 +104,12 @@ def test_template_is_applied_once_and_documents_cannot_forge_it(embedded: Backbo
         [{"role": "user", "content": "plain words"}], add_generation_prompt=True, return_dict=False
     )
     assert chat_prompt(embedded, ["plain words"]) == [tuple(expected)]
+
+
+def test_an_encoder_of_all_layers_passes_its_self_test(embedded: Backbone) -> None:
+    compressor = SoftCompressor(embedded, SoftConfig())
+    compressor.finish()
+    assert len(compressor.encoder.layers) == 30
 
 
 def run_python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
