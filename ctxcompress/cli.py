@@ -227,7 +227,7 @@ def evaluate(
     chunk_tokens: ChunkTokens = None,
     max_new_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.")] = 32,
     batch_size: Annotated[
-        int, typer.Option(help="Questions answered at once; more is sooner, one is what a user waits for.")
+        int, typer.Option(help="Questions answered at once; with 1 the seconds are what a user waits.")
     ] = 1,
     output_folder: Annotated[
         Path | None, typer.Option("--output", help="Folder of the run; default: ctxcompress-runs/TASK-HASH.")

@@ -50,8 +50,8 @@ class EvaluationConfig:
         offset: questions left out at the start of the file.
         seed: of the `random` allocator and the bootstrap.
         max_new_tokens: longest answer.
-        batch_size: questions answered at once, >= 1. With more the run ends sooner, the seconds of an answer
-            are its share of the batch's, and answers may differ by the rounding of the model's dtype.
+        batch_size: questions answered at once, >= 1. With more, the seconds of an answer are its share of the
+            batch's, and answers may differ by the rounding of the model's dtype.
         settings: everything else that changes results: method configurations, calibration, versions.
     """
 
