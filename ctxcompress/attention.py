@@ -158,28 +158,47 @@ class TrainedMass:
         self, heads: Sequence[tuple[int, int]], readings: Sequence[tuple[Sequence[Span], Span]]
     ) -> None:
         self._heads = heads
-        self._readings = readings
+        questions = [torch.arange(*question) for _, question in readings]
+        # Padding asks from before the first token, which sees nothing.
+        self._asking_BQ = torch.nn.utils.rnn.pad_sequence(questions, batch_first=True, padding_value=-1)
+        self._ranges_BN2 = torch.nn.utils.rnn.pad_sequence(
+            [torch.tensor(documents).reshape(-1, 2) for documents, _ in readings], batch_first=True
+        )
         self._layer = 0
-        self._masses: list[list[Tensor]] = [[] for _ in readings]
+        self._masses: list[Tensor] = []
 
     @property
-    def mass_BN(self) -> list[Tensor]:
-        """(N,) float32 of each row; they need not have equally many documents."""
-        return [torch.cat(masses).mean(dim=0) for masses in self._masses]
+    def mass_BN(self) -> Tensor:
+        """(B, N) float32; 0 where a row has fewer documents."""
+        return torch.cat(self._masses, dim=1).mean(dim=1)
 
     def attend(self, query_BHQD: Tensor, key_BHTD: Tensor, value_BHTD: Tensor, scaling: float) -> Tensor:
         """See `Recorder`; queries and keys cover the same positions."""
         heads = [head for layer, head in self._heads if layer == self._layer]
         self._layer += 1
-        for row, (documents, (start, stop)) in enumerate(self._readings if heads else ()):
-            weights_HQT = _causal_weights(
-                query_BHQD[row, heads, start:stop], key_BHTD[row, heads, :stop], scaling
-            )
-            shares_HN = [weights_HQT[..., first:last].sum(dim=-1).mean(dim=-1) for first, last in documents]
-            self._masses[row].append(torch.stack(shares_HN, dim=-1))
+        if heads:
+            self._masses.append(self._read(query_BHQD[:, heads], key_BHTD[:, heads], scaling))
         return torch.nn.functional.scaled_dot_product_attention(
             query_BHQD, key_BHTD, value_BHTD, is_causal=True, scale=scaling
         )
+
+    def _read(self, query_BHTD: Tensor, key_BHTD: Tensor, scaling: float) -> Tensor:
+        """(B, H, N) mass of some heads of one layer."""
+        device = query_BHTD.device
+        self._asking_BQ, self._ranges_BN2 = self._asking_BQ.to(device), self._ranges_BN2.to(device)
+        asks_B1Q1 = (self._asking_BQ >= 0)[:, None, :, None]
+        places_B1QD = self._asking_BQ.clamp(min=0)[:, None, :, None].expand(
+            -1, query_BHTD.shape[1], -1, query_BHTD.shape[-1]
+        )
+        scores_BHQT = (query_BHTD.gather(2, places_B1QD) @ key_BHTD.transpose(-1, -2)).float() * scaling
+        places_T = torch.arange(key_BHTD.shape[2], device=device)
+        future_B1QT = places_T > self._asking_BQ.clamp(min=0)[:, None, :, None]
+        weights_BHQT = scores_BHQT.masked_fill(future_B1QT, -torch.inf).softmax(dim=-1) * asks_B1Q1
+        mean_BHT = weights_BHQT.sum(dim=2) / asks_B1Q1.sum(dim=2)
+        starts_B1N, stops_B1N = self._ranges_BN2[:, None].unbind(dim=-1)
+        within_B1NT = (places_T >= starts_B1N[..., None]) & (places_T < stops_B1N[..., None])
+        # Not a product of matrices: autocast would make that bfloat16.
+        return (mean_BHT[:, :, None] * within_B1NT).sum(dim=-1)
 
 
 class _Buffers:
@@ -195,7 +214,10 @@ class _Buffers:
     def causal_weights(
         self, query_BHQD: Tensor, key_BHTD: Tensor, first: int, scaling: float
     ) -> tuple[Tensor, Tensor]:
-        """As `_causal_weights`, in float32 and in the model's own dtype; valid until the next call."""
+        """softmax(QK^T * scaling), where query q sees the first `first` + q + 1 keys, until the next call.
+
+        In float32 and in the model's own dtype.
+        """
         size = (*query_BHQD.shape[:-1], key_BHTD.shape[-2])
         native_BHQT, weights_BHQT = (
             buffer[: math.prod(size)].view(size) for buffer in (self._native, self._exact)
@@ -205,12 +227,6 @@ class _Buffers:
         weights_BHQT.sub_(weights_BHQT.amax(dim=-1, keepdim=True)).exp_()
         weights_BHQT.div_(weights_BHQT.sum(dim=-1, keepdim=True))
         return weights_BHQT, native_BHQT.copy_(weights_BHQT)
-
-
-def _causal_weights(query_BHQD: Tensor, key_BHTD: Tensor, scaling: float) -> Tensor:
-    """softmax(QK^T * scaling) in float32; query q of Q sees the first T - Q + q + 1 of T keys."""
-    scores_BHQT = (query_BHQD @ key_BHTD.transpose(-1, -2)).float().mul_(scaling)
-    return _hide_future(scores_BHQT, key_BHTD.shape[-2] - query_BHQD.shape[-2]).softmax(dim=-1)
 
 
 def _hide_future(scores_BHQT: Tensor, first: int) -> Tensor:

@@ -353,9 +353,7 @@ class SoftCompressor(nn.Module):
         embed = self.encoder.embed_tokens
         lengths = [len(ids) for ids in texts]
         memories = [windows(n, ratio) if self.config.features == "compression_tokens" else 0 for n in lengths]
-        ids_BT = _padded(
-            [torch.tensor([*ids, self.tokenizer.eos_token_id], device=self.device) for ids in texts]
-        )
+        ids_BT = _padded([torch.tensor([*ids, self.tokenizer.eos_token_id]) for ids in texts]).to(self.device)
         embeddings_BTD = embed(ids_BT)
         if any(memories):
             embeddings_BTD = _padded(

@@ -106,6 +106,11 @@ class Samples:
             samples = [make[objective](draw, tokens) for _ in range(recipe.batch_size)]
         return Batch(objective, ratio, tuple(samples))
 
+    def read(self) -> None:
+        """Read all files now; otherwise each is read when first needed."""
+        for wanted in (self._texts, self._questions, self._by_gold, self._by_title):
+            _ = wanted
+
     def _repeat(self, draw: random.Random, tokens: int) -> Sample:
         document = self._text(draw, tokens)
         return self._sample([document], [Slot(0), REPEAT], (*document, *self._end))

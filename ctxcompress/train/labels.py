@@ -296,7 +296,7 @@ def _sample(compressor: SoftCompressor, document: Ids, rest: Ids, judge: Judge) 
 def _losses(objective: Objective, samples: Sequence[Sample], ratio: int) -> list[float]:
     """Nats per target token of every sample."""
     documents = [document for sample in samples for document in sample.documents]
-    logits_NV = objective._logits(objective._spliced(samples, objective._soft(documents, ratio)))
+    logits_NV = objective._logits(objective._spliced(samples, *objective._soft(documents, ratio)))
     targets_N = torch.tensor([token for sample in samples for token in sample.targets])
     nll_N = F.cross_entropy(logits_NV.float(), targets_N.to(logits_NV.device), reduction="none")
     return [float(part.mean()) for part in nll_N.split([len(sample.targets) for sample in samples])]

@@ -19,24 +19,31 @@ import platform
 import shutil
 import statistics
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.data import DataLoader
 
 from ctxcompress import checkpoint
-from ctxcompress.backbone import Backbone, native_dtype
+from ctxcompress.backbone import Backbone
 from ctxcompress.calibration import Calibration
 from ctxcompress.errors import CheckpointError, MissingExtraError
 from ctxcompress.files import write_atomically
 from ctxcompress.methods.dac import Progress
 from ctxcompress.soft import SoftCompressor
-from ctxcompress.train.data import Samples
+from ctxcompress.train.data import Batch, Samples
+from ctxcompress.train.lean import few_kernels
 from ctxcompress.train.losses import Objective
 from ctxcompress.train.recipe import Recipe
 
 _MOMENTS = "optimizer.safetensors"
+_NOT_SHOWN = (
+    *("base", "compressor", "notice", "output", "start"),
+    *("save_every", "tensorboard", "workers"),
+)
 
 
 def train(recipe: Recipe, progress: Progress | None = None) -> SoftCompressor:
@@ -54,8 +61,6 @@ def train(recipe: Recipe, progress: Progress | None = None) -> SoftCompressor:
         CheckpointError: the output folder holds a run of another recipe.
         ConfigError: the recipe does not fit the adapters it starts from.
     """
-    from peft.helpers import disable_input_dtype_casting
-
     accelerator = _accelerator(recipe)
     output = Path(recipe.output)
     if accelerator.is_main_process:
@@ -69,26 +74,27 @@ def train(recipe: Recipe, progress: Progress | None = None) -> SoftCompressor:
     model = Objective(compressor, recipe.distillation, recipe.attention, heads)
     names = dict(compressor.trained())
     optimizer = torch.optim.AdamW(
-        names.values(), lr=recipe.learning_rate, betas=recipe.betas, weight_decay=recipe.weight_decay
+        names.values(),
+        lr=recipe.learning_rate,
+        betas=recipe.betas,
+        weight_decay=recipe.weight_decay,
+        fused=True,
     )
     _restore(optimizer, names, moments)
-    model, optimizer = accelerator.prepare(model, optimizer)
-    samples = Samples(recipe, base)
-    for step in range(first, recipe.steps):
-        started = time.perf_counter()
-        # PEFT would widen every input to the adapters' float32, and autocast make it bfloat16 again.
-        with disable_input_dtype_casting(model):
-            figures = _step(accelerator, model, optimizer, samples, recipe, step)
-        if accelerator.is_main_process:
-            figures["seconds"] = time.perf_counter() - started
-            _log(output, figures)
-            if recipe.tensorboard:
-                accelerator.log({key: figures[key] for key in figures if key != "objective"}, step=step)
-            if (step + 1) % recipe.save_every == 0 or step + 1 == recipe.steps:
-                stages = [*_earlier(recipe), _stage(recipe, output, accelerator.num_processes)]
-                _save(output, compressor, optimizer, step + 1, stages)
-        if progress is not None:
-            progress("training", step + 1, recipe.steps)
+    prepared, optimizer = accelerator.prepare(model, optimizer)
+    batches = iter(_batches(recipe, base, first, accelerator))
+    metrics = _Metrics(output, accelerator if recipe.tensorboard else None)
+    with few_kernels(model):
+        for step in range(first, recipe.steps):
+            figures = _step(accelerator, prepared, optimizer, batches, recipe, step)
+            if accelerator.is_main_process:
+                metrics.add(figures)
+                if (step + 1) % recipe.save_every == 0 or step + 1 == recipe.steps:
+                    metrics.write()
+                    stages = [*_earlier(recipe), _stage(recipe, output, accelerator.num_processes)]
+                    _save(output, compressor, optimizer, step + 1, stages)
+            if progress is not None:
+                progress("training", step + 1, recipe.steps)
     compressor.finish()
     if accelerator.is_main_process:
         stages = [*_earlier(recipe), _stage(recipe, output, accelerator.num_processes)]
@@ -107,7 +113,7 @@ def _earlier(recipe: Recipe) -> list[dict[str, Any]]:
 def _stage(recipe: Recipe, output: Path, processes: int) -> dict[str, Any]:
     """This run so far, for the model card: settings without paths, effort, machine, and the last losses."""
     settings = json.loads(recipe.to_json())
-    for name in ("base", "compressor", "notice", "output", "start", "save_every", "tensorboard"):
+    for name in _NOT_SHOWN:
         del settings[name]
     for name in ("texts", "questions"):
         settings[name] = [Path(file).name for file in settings[name]]
@@ -145,10 +151,9 @@ def _accelerator(recipe: Recipe) -> Any:
     # accelerate itself says nothing when it cannot write events.
     if recipe.tensorboard and importlib.util.find_spec("tensorboard") is None:
         raise MissingExtraError("tensorboard", "tensorboard")
-    place = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     return Accelerator(
-        # Adapters stay float32 but multiply in bfloat16 where the base does: a fifth faster on a CPU.
-        mixed_precision="bf16" if native_dtype(place) == torch.bfloat16 else "no",
+        # Adapters stay float32, and `few_kernels` multiplies in the base's dtype.
+        mixed_precision="no",
         gradient_accumulation_steps=recipe.accumulation,
         # No loss reaches the ratio head, and none of raw text the encoder.
         kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
@@ -157,27 +162,80 @@ def _accelerator(recipe: Recipe) -> Any:
     )
 
 
+def _batches(recipe: Recipe, base: Backbone, first: int, accelerator: Any) -> Any:
+    """This process's batches from step `first` on; workers, if any, make them while others are trained on."""
+    samples = Samples(recipe, base)
+    if recipe.workers:
+        samples.read()  # once, before the workers share it
+    ends = (steps * recipe.accumulation * accelerator.num_processes for steps in (first, recipe.steps))
+    numbers: Any = range(*ends)[accelerator.process_index :: accelerator.num_processes]
+    make: Any = samples.batch
+    return DataLoader(
+        numbers,
+        batch_size=None,
+        collate_fn=make,
+        num_workers=recipe.workers,
+        # A forked worker has tokenizer and texts without a copy; it never computes on a GPU.
+        multiprocessing_context="fork" if recipe.workers else None,
+    )
+
+
 def _step(
-    accelerator: Any, model: Any, optimizer: Any, samples: Samples, recipe: Recipe, step: int
+    accelerator: Any, model: Any, optimizer: Any, batches: Iterator[Batch], recipe: Recipe, step: int
 ) -> dict[str, Any]:
-    """One optimizer step; figures of this process's last batch."""
+    """One optimizer step; figures of this process's last batch, as tensors: nothing here waits for a GPU."""
     rate = learning_rate(recipe, step)
     for group in optimizer.param_groups:
         group["lr"] = rate
     figures: dict[str, Any] = {"step": step}
-    for part in range(recipe.accumulation):
-        batch = samples.batch(
-            (step * recipe.accumulation + part) * accelerator.num_processes + accelerator.process_index
-        )
+    for _ in range(recipe.accumulation):
+        batch = next(batches)
         with accelerator.accumulate(model):
             losses = model(batch)
             accelerator.backward(losses["loss"])
             if accelerator.sync_gradients:
-                figures["gradient"] = float(accelerator.clip_grad_norm_(model.parameters(), recipe.clip))
+                figures["gradient"] = accelerator.clip_grad_norm_(model.parameters(), recipe.clip)
             optimizer.step()
             optimizer.zero_grad()
-        figures |= {"objective": batch.objective, "ratio": batch.ratio, **_numbers(losses)}
+        losses = {name: loss.detach() for name, loss in losses.items()}
+        figures |= {"objective": batch.objective, "ratio": batch.ratio, **losses}
     return {**figures, "lr": rate}
+
+
+class _Metrics:
+    """`metrics.jsonl`, one step late: a figure is there when a GPU is done, which should have the next step.
+
+    Args:
+        output: folder of the run.
+        accelerator: whose trackers are told, too; None tells none.
+    """
+
+    def __init__(self, output: Path, accelerator: Any = None) -> None:
+        self._file = output / "metrics.jsonl"
+        self._accelerator = accelerator
+        self._waiting: dict[str, Any] = {}
+        self._last = time.perf_counter()
+
+    def add(self, figures: dict[str, Any]) -> None:
+        """Figures of a step; those of the step before are written."""
+        self.write()
+        last, self._last = self._last, time.perf_counter()
+        self._waiting = {**figures, "seconds": self._last - last}
+
+    def write(self) -> None:
+        """Write what waits."""
+        if not self._waiting:
+            return
+        figures = {
+            name: float(value) if isinstance(value, Tensor) else value
+            for name, value in self._waiting.items()
+        }
+        self._waiting = {}
+        with self._file.open("a", encoding="utf-8") as stream:
+            stream.write(json.dumps(figures) + "\n")
+        if self._accelerator is not None:
+            shown = {name: value for name, value in figures.items() if name != "objective"}
+            self._accelerator.log(shown, step=figures["step"])
 
 
 def _begun(base: Backbone, recipe: Recipe, output: Path) -> tuple[SoftCompressor, dict[str, Tensor], int]:
@@ -244,18 +302,9 @@ def _save(
 def _restore(optimizer: torch.optim.Optimizer, names: dict[str, Any], moments: dict[str, Tensor]) -> None:
     for name, parameter in names.items():
         state = {
-            key: moments[f"{key}.{name}"].to(parameter.device if key != "step" else "cpu")
+            key: moments[f"{key}.{name}"].to(parameter.device)
             for key in ("exp_avg", "exp_avg_sq", "step")
             if f"{key}.{name}" in moments
         }
         if state:
             optimizer.state[parameter] = state
-
-
-def _numbers(losses: dict[str, Tensor]) -> dict[str, float]:
-    return {name: float(value.detach()) for name, value in losses.items()}
-
-
-def _log(output: Path, figures: dict[str, Any]) -> None:
-    with (output / "metrics.jsonl").open("a", encoding="utf-8") as stream:
-        stream.write(json.dumps(figures) + "\n")

@@ -1,11 +1,13 @@
 """Batch -> losses: what the decoder says after reading soft tokens, against what it should say.
 
-Shapes: B batch, T tokens, N target tokens of the batch, D hidden, V vocabulary.
+Shapes: B batch, T tokens, M soft tokens of the batch, N its target tokens (of attention mass: documents),
+D hidden, V vocabulary.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import accumulate
 from typing import NamedTuple
 
 import torch
@@ -13,9 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ctxcompress.attention import TrainedMass
-from ctxcompress.backbone import Ids, splice
 from ctxcompress.pooling import windows
-from ctxcompress.prompt import length
 from ctxcompress.soft import SoftCompressor
 from ctxcompress.train.data import Batch, Sample, Slot
 from ctxcompress.types import Span
@@ -50,7 +50,7 @@ class Objective(nn.Module):
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         """Losses in nats per target token: "loss", which is trained, and what it is made of."""
         documents = [document for sample in batch.samples for document in sample.documents]
-        spliced = self._spliced(batch.samples, self._soft(documents, batch.ratio))
+        spliced = self._spliced(batch.samples, *self._soft(documents, batch.ratio))
         recorder = None
         if self._attention and any(sample.gold for sample in batch.samples):
             recorder = TrainedMass(self._heads, spliced.readings)
@@ -60,7 +60,7 @@ class Objective(nn.Module):
         losses = {"loss": nll, "nll": nll.detach()}
         if self._distillation and batch.ratio > 1 and batch.objective in DISTILLED:
             with torch.no_grad():
-                teacher_NV = self._logits(self._spliced(batch.samples, self._soft(documents, 1)))
+                teacher_NV = self._logits(self._spliced(batch.samples, *self._soft(documents, 1)))
             divergence = F.kl_div(
                 logits_NV.float().log_softmax(-1),
                 teacher_NV.float().log_softmax(-1),
@@ -73,47 +73,68 @@ class Objective(nn.Module):
             losses |= {"loss": losses["loss"] + self._attention * missed, "attention": missed.detach()}
         return losses
 
-    def _soft(self, documents: Sequence[Sequence[int]], ratio: int) -> list[Tensor]:
-        """Embeddings of every document at `ratio`; at 1 those of its tokens."""
+    def _soft(self, documents: Sequence[Sequence[int]], ratio: int) -> tuple[Tensor, list[int]]:
+        """(M, D) embeddings of all documents, one after another, and how many each has; at 1 its tokens."""
         if ratio == 1:
+            ids_M = torch.tensor([token for document in documents for token in document], dtype=torch.long)
             embed = self.compressor.encoder.embed_tokens
-            device = self.compressor.device
-            return [embed(torch.tensor(document, dtype=torch.long, device=device)) for document in documents]
+            return embed(ids_M.to(self.compressor.device)), [*map(len, documents)]
         features, _ = self.compressor.read(documents, ratio)
         soft_BMD = self.compressor.converter(features)
         end = self.compressor.config.pool_end_token
-        return [
-            row[: windows(len(document) + end, ratio)]
-            for row, document in zip(soft_BMD, documents, strict=True)
-        ]
+        sizes = [windows(len(document) + end, ratio) for document in documents]
+        starts = range(0, soft_BMD.shape[0] * soft_BMD.shape[1], soft_BMD.shape[1])
+        kept_M = torch.cat([start + torch.arange(size) for start, size in zip(starts, sizes, strict=True)])
+        return soft_BMD.flatten(0, 1).index_select(0, kept_M.to(soft_BMD.device)), sizes
 
-    def _spliced(self, samples: Sequence[Sample], soft: Sequence[Tensor]) -> _Spliced:
-        embed = self.compressor.decoder_model.get_input_embeddings()
-        spliced = _Spliced([], [], [])
+    def _spliced(self, samples: Sequence[Sample], soft_MD: Tensor, sizes: Sequence[int]) -> _Spliced:
+        """Samples as padded rows; all places are found before any is filled, for which few kernels do."""
+        starts = [0, *accumulate(sizes)]
+        # Token ids, and for a soft token the complement of its place in soft_MD, which is negative.
+        rows: list[list[int]] = []
+        taken: list[tuple[int, int]] = []
+        readings: list[tuple[list[Span], Span]] = []
         first = 0
         for sample in samples:
-            filled: list[Ids | Tensor] = []
+            row: list[int] = []
+            documents: dict[int, Span] = {}
+            question = (0, 0)
             for prompt, target in sample.turns:
-                if not filled:
-                    spliced.readings.append(_reading(prompt, soft[first:]))
-                filled += [soft[first + part.document] if isinstance(part, Slot) else part for part in prompt]
-                start = length(filled) - 1
-                spliced.taken.append((len(spliced.rows), slice(start, start + len(target))))
-                filled.append(target)
-            spliced.rows.append(splice(filled, embed))
+                for part in prompt:
+                    begin = len(row)
+                    if isinstance(part, Slot):
+                        place = first + part.document
+                        row += (~soft for soft in range(starts[place], starts[place + 1]))
+                        documents[part.document] = (begin, len(row))
+                    else:
+                        row += part
+                if not taken or taken[-1][0] != len(rows):
+                    question = (max((stop for _, stop in documents.values()), default=0), len(row))
+                taken += ((len(rows), len(row) - 1 + place) for place in range(len(target)))
+                row += target
+            readings.append(([documents[place] for place in sorted(documents)], question))
+            rows.append(row)
             first += len(sample.documents)
-        return spliced
+        # Padding is on the right and attention causal: no real token ever sees it, so no mask is needed.
+        codes_BT = nn.utils.rnn.pad_sequence([torch.tensor(row) for row in rows], batch_first=True)
+        codes_T = codes_BT.flatten()
+        places_M = (codes_T < 0).nonzero().squeeze(1)
+        embed = self.compressor.decoder_model.get_input_embeddings()
+        device = embed.weight.device
+        embeds_TD = embed(codes_T.clamp(min=0).to(device))
+        filled_MD = soft_MD.index_select(0, (~codes_T[places_M]).to(device)).to(embeds_TD.dtype)
+        embeds_TD = embeds_TD.index_copy(0, places_M.to(device), filled_MD)
+        width = codes_BT.shape[1]
+        taken_N = torch.tensor([row * width + place for row, place in taken])
+        return _Spliced(embeds_TD.unflatten(0, codes_BT.shape), taken_N.to(device), readings)
 
     def _logits(self, spliced: _Spliced, recorder: TrainedMass | None = None) -> Tensor:
         """(N, V) logits of every target token, samples one after another."""
         model = self.compressor.decoder_model
-        # Padding is on the right and attention causal: no real token ever sees it, so no mask is needed.
-        padded_BTD = nn.utils.rnn.pad_sequence(spliced.rows, batch_first=True)
         hidden_BTD = model.model(
-            inputs_embeds=padded_BTD, use_cache=False, recorder=recorder
+            inputs_embeds=spliced.embeds_BTD, use_cache=False, recorder=recorder
         ).last_hidden_state
-        hidden_ND = torch.cat([hidden_BTD[row, places] for row, places in spliced.taken])
-        logits_NV: Tensor = model.lm_head(hidden_ND)
+        logits_NV: Tensor = model.lm_head(hidden_BTD.flatten(0, 1).index_select(0, spliced.taken_N))
         return logits_NV
 
 
@@ -121,34 +142,22 @@ class _Spliced(NamedTuple):
     """Input embeddings of samples, and what stands where in them.
 
     Attributes:
-        rows: (T, D) of each sample.
-        taken: row and positions whose next token is a target.
+        embeds_BTD: one sample a row, padded on the right.
+        taken_N: places, rows one after another, whose next token is a target.
         readings: of each row the ranges of its documents, and the range of what follows them in the first
             prompt, which is the question.
     """
 
-    rows: list[Tensor]
-    taken: list[tuple[int, slice]]
+    embeds_BTD: Tensor
+    taken_N: Tensor
     readings: list[tuple[list[Span], Span]]
 
 
-def _reading(prompt: Sequence[Ids | Slot], soft: Sequence[Tensor]) -> tuple[list[Span], Span]:
-    documents: dict[int, Span] = {}
-    position = 0
-    question = 0
-    for part in prompt:
-        start, position = position, position + len(soft[part.document] if isinstance(part, Slot) else part)
-        if isinstance(part, Slot):
-            documents[part.document] = (start, position)
-            question = position
-    return [documents[place] for place in sorted(documents)], (question, position)
-
-
-def _missed(mass_BN: Sequence[Tensor], samples: Sequence[Sample]) -> Tensor:
+def _missed(mass_BN: Tensor, samples: Sequence[Sample]) -> Tensor:
     """Mean of -log of the gold documents' part of the attention that all documents draw."""
-    parts = [
-        mass_N[list(sample.gold)].sum() / mass_N.sum()
-        for mass_N, sample in zip(mass_BN, samples, strict=True)
-        if sample.gold
-    ]
-    return -torch.stack(parts).log().mean()
+    gold_BN = torch.zeros(mass_BN.shape)
+    for row, sample in enumerate(samples):
+        gold_BN[row, list(sample.gold)] = 1.0
+    known_B = torch.tensor([row for row, sample in enumerate(samples) if sample.gold]).to(mass_BN.device)
+    mass_BN, gold_BN = (each[known_B] for each in (mass_BN, gold_BN.to(mass_BN.device)))
+    return -((mass_BN * gold_BN).sum(dim=1) / mass_BN.sum(dim=1)).log().mean()

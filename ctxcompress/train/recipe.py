@@ -26,6 +26,7 @@ _WHOLE = {
     "longest_document": 1,
     "questions_per_sample": 1,
     "warmup": 0,
+    "workers": 0,
 }
 
 
@@ -65,6 +66,8 @@ class Recipe:
         clip: largest norm of the gradient.
         seed: of samples and initial weights.
         save_every: steps between checkpoints.
+        workers: processes beside each training process that make its batches ahead of time; on a GPU, as many
+            as it has cores to spare. They are forked, which Windows cannot do.
         tensorboard: also write TensorBoard events.
         notice: sources and licences of the data, for the model card.
     """
@@ -94,6 +97,7 @@ class Recipe:
     clip: float = 1.0
     seed: int = 0
     save_every: int = 100
+    workers: int = 0
     tensorboard: bool = False
     notice: str = ""
 

@@ -395,7 +395,8 @@ def test_soft_tokens_are_those_of_inference(backbone: Backbone) -> None:
     made = SoftCompressor(backbone, SoftConfig(ratio_set=(2, 4), converter_size=8, pool_end_token=True))
     made.finish(trainable=True)
     documents = [list(range(20, 28)), list(range(30, 37))]  # 8 tokens and the end token: 3 windows of 4
-    trained = Objective(made, 0.0)._soft(documents, 4)
+    soft_MD, sizes = Objective(made, 0.0)._soft(documents, 4)
+    trained = soft_MD.split(sizes)
     inferred = [made.soft_tokens(text, 4).embeddings_MD for text in made.encode(documents)]
     assert [len(each) for each in trained] == [3, 2]
     for one, other in zip(trained, inferred, strict=True):
@@ -575,13 +576,16 @@ def test_attention_loss_equals_that_of_whole_attention_matrices(
     with torch.no_grad():
         computed = objective(batch)
         expected = []
-        soft = objective._soft([document for sample in batch.samples for document in sample.documents], 2)
+        documents = [document for sample in batch.samples for document in sample.documents]
+        soft_MD, sizes = objective._soft(documents, 2)
+        soft = soft_MD.split(sizes)
         for row, (sample, gold) in enumerate(zip(batch.samples[:2], (1, 0), strict=True)):
             # before 2, document, between 1, document, question 4: places by hand from the soft lengths.
             first, second = (len(part) for part in soft[2 * row : 2 * row + 2])
             spans = [(2, 2 + first), (3 + first, 3 + first + second)]
             stop = 3 + first + second + 4
-            (one,) = objective._spliced([sample], soft[2 * row : 2 * row + 2]).rows
+            own = soft[2 * row : 2 * row + 2]
+            (one,) = objective._spliced([sample], torch.cat(own), [*map(len, own)]).embeds_BTD
             model = compressor.decoder_model
             model.set_attn_implementation("eager")
             try:
