@@ -23,7 +23,7 @@ from torch.nn import functional as F
 def few_kernels(model: nn.Module) -> Iterator[None]:
     """Inside, LoRA layers, RMS norms and rotary positions of `model` compute the same in fewer operations.
 
-    Adapters multiply in the dtype of the base's weights, so that no autocast is needed; their gradients arrive
+    Adapters multiply in the dtype of the base's weights, so no autocast is needed; their gradients arrive
     in their own dtype.
     """
     layers: list[Any] = [module for module in model.modules() if hasattr(module, "lora_A")]
