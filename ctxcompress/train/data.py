@@ -108,8 +108,8 @@ class Samples:
 
     def read(self) -> None:
         """Read all files now; otherwise each is read when first needed."""
-        for wanted in (self._texts, self._questions, self._by_gold, self._by_title):
-            _ = wanted
+        for name in ("_texts", "_questions", "_by_gold", "_by_title"):
+            getattr(self, name)
 
     def _repeat(self, draw: random.Random, tokens: int) -> Sample:
         document = self._text(draw, tokens)

@@ -40,10 +40,7 @@ from ctxcompress.train.losses import Objective
 from ctxcompress.train.recipe import Recipe
 
 _MOMENTS = "optimizer.safetensors"
-_NOT_SHOWN = (
-    *("base", "compressor", "notice", "output", "start"),
-    *("save_every", "tensorboard", "workers"),
-)
+_NOT_SHOWN = ["base", "compressor", "notice", "output", "start", "save_every", "tensorboard", "workers"]
 
 
 def train(recipe: Recipe, progress: Progress | None = None) -> SoftCompressor:

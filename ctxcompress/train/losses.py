@@ -7,7 +7,7 @@ D hidden, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from typing import NamedTuple
 
 import torch
@@ -89,43 +89,20 @@ class Objective(nn.Module):
 
     def _spliced(self, samples: Sequence[Sample], soft_MD: Tensor, sizes: Sequence[int]) -> _Spliced:
         """Samples as padded rows; all places are found before any is filled, for which few kernels do."""
-        starts = [0, *accumulate(sizes)]
-        # Token ids, and for a soft token the complement of its place in soft_MD, which is negative.
-        rows: list[list[int]] = []
-        taken: list[tuple[int, int]] = []
-        readings: list[tuple[list[Span], Span]] = []
-        first = 0
-        for sample in samples:
-            row: list[int] = []
-            documents: dict[int, Span] = {}
-            question = (0, 0)
-            for prompt, target in sample.turns:
-                for part in prompt:
-                    begin = len(row)
-                    if isinstance(part, Slot):
-                        place = first + part.document
-                        row += (~soft for soft in range(starts[place], starts[place + 1]))
-                        documents[part.document] = (begin, len(row))
-                    else:
-                        row += part
-                if not taken or taken[-1][0] != len(rows):
-                    question = (max((stop for _, stop in documents.values()), default=0), len(row))
-                taken += ((len(rows), len(row) - 1 + place) for place in range(len(target)))
-                row += target
-            readings.append(([documents[place] for place in sorted(documents)], question))
-            rows.append(row)
-            first += len(sample.documents)
+        ends = [0, *accumulate(sizes)]
+        spans = pairwise(ends)
+        rows = [_row(sample, [next(spans) for _ in sample.documents]) for sample in samples]
         # Padding is on the right and attention causal: no real token ever sees it, so no mask is needed.
-        codes_BT = nn.utils.rnn.pad_sequence([torch.tensor(row) for row in rows], batch_first=True)
-        codes_T = codes_BT.flatten()
+        codes_BT = nn.utils.rnn.pad_sequence([torch.tensor(row.codes) for row in rows], batch_first=True)
+        codes_T, width = codes_BT.flatten(), codes_BT.shape[1]
         places_M = (codes_T < 0).nonzero().squeeze(1)
+        taken_N = torch.cat([number * width + torch.tensor(row.taken) for number, row in enumerate(rows)])
         embed = self.compressor.decoder_model.get_input_embeddings()
         device = embed.weight.device
         embeds_TD = embed(codes_T.clamp(min=0).to(device))
         filled_MD = soft_MD.index_select(0, (~codes_T[places_M]).to(device)).to(embeds_TD.dtype)
         embeds_TD = embeds_TD.index_copy(0, places_M.to(device), filled_MD)
-        width = codes_BT.shape[1]
-        taken_N = torch.tensor([row * width + place for row, place in taken])
+        readings = [(row.documents, row.question) for row in rows]
         return _Spliced(embeds_TD.unflatten(0, codes_BT.shape), taken_N.to(device), readings)
 
     def _logits(self, spliced: _Spliced, recorder: TrainedMass | None = None) -> Tensor:
@@ -151,6 +128,43 @@ class _Spliced(NamedTuple):
     embeds_BTD: Tensor
     taken_N: Tensor
     readings: list[tuple[list[Span], Span]]
+
+
+class _Row(NamedTuple):
+    """What a sample's row holds, before anything is looked up.
+
+    Attributes:
+        codes: token ids, and for a soft token the complement of its place in the batch, which is negative.
+        taken: places whose next token is a target.
+        documents: range of each.
+        question: range of what follows them in the first prompt.
+    """
+
+    codes: list[int]
+    taken: list[int]
+    documents: list[Span]
+    question: Span
+
+
+def _row(sample: Sample, soft: Sequence[Span]) -> _Row:
+    """A sample whose documents have the soft tokens `soft` of the batch."""
+    codes: list[int] = []
+    taken: list[int] = []
+    documents: dict[int, Span] = {}
+    asked = 0
+    for prompt, target in sample.turns:
+        for part in prompt:
+            if isinstance(part, Slot):
+                start = len(codes)
+                codes += (~place for place in range(*soft[part.document]))
+                documents[part.document] = (start, len(codes))
+            else:
+                codes += part
+        asked = asked or len(codes)
+        taken += range(len(codes) - 1, len(codes) - 1 + len(target))
+        codes += target
+    read = max((stop for _, stop in documents.values()), default=0)
+    return _Row(codes, taken, [documents[number] for number in sorted(documents)], (read, asked))
 
 
 def _missed(mass_BN: Tensor, samples: Sequence[Sample]) -> Tensor:
