@@ -42,7 +42,7 @@ def _stages(stages: Sequence[Mapping[str, Any]]) -> str:
         settings = ", ".join(f"{name} {value}" for name, value in recipe.items() if value not in ("", [], {}))
         lines += [
             f"{number}. {stage['samples']:,} samples in {stage['steps']:,} steps, "
-            f"{stage['seconds'] / 60:.0f} minutes on {stage['machine']}, finished {stage['date']}",
+            f"{stage['seconds'] / 60:.1f} minutes on {stage['machine']}, finished {stage['date']}",
             f"   - recipe: {settings}",
             f"   - loss of the last batches, nats per token: {_losses(stage['losses'])}",
         ]

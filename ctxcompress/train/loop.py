@@ -21,7 +21,7 @@ import statistics
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -30,7 +30,7 @@ from torch.utils.data import DataLoader
 from ctxcompress import checkpoint
 from ctxcompress.backbone import Backbone
 from ctxcompress.calibration import Calibration
-from ctxcompress.errors import CheckpointError, MissingExtraError
+from ctxcompress.errors import CheckpointError, InputError, MissingExtraError
 from ctxcompress.files import write_atomically
 from ctxcompress.methods.dac import Progress
 from ctxcompress.soft import SoftCompressor
@@ -79,7 +79,7 @@ def train(recipe: Recipe, progress: Progress | None = None) -> SoftCompressor:
     )
     _restore(optimizer, names, moments)
     prepared, optimizer = accelerator.prepare(model, optimizer)
-    batches = iter(_batches(recipe, base, first, accelerator))
+    batches = _batches(recipe, base, first, accelerator)
     metrics = _Metrics(output, accelerator if recipe.tensorboard else None)
     with few_kernels(model):
         for step in range(first, recipe.steps):
@@ -159,22 +159,32 @@ def _accelerator(recipe: Recipe) -> Any:
     )
 
 
-def _batches(recipe: Recipe, base: Backbone, first: int, accelerator: Any) -> Any:
+def _batches(recipe: Recipe, base: Backbone, first: int, accelerator: Any) -> Iterator[Batch]:
     """This process's batches from step `first` on; workers, if any, make them while others are trained on."""
     samples = Samples(recipe, base)
     if recipe.workers:
         samples.read()  # once, before the workers share it
+
+    def make(number: int) -> Batch | InputError:
+        try:
+            return samples.batch(number)
+        except InputError as error:  # raised in a worker, it would arrive with the worker's stack as its text
+            return error
+
     ends = (steps * recipe.accumulation * accelerator.num_processes for steps in (first, recipe.steps))
     numbers: Any = range(*ends)[accelerator.process_index :: accelerator.num_processes]
-    make: Any = samples.batch
-    return DataLoader(
+    made: Any = DataLoader(
         numbers,
         batch_size=None,
-        collate_fn=make,
+        collate_fn=cast(Any, make),
         num_workers=recipe.workers,
         # A forked worker has tokenizer and texts without a copy; it never computes on a GPU.
         multiprocessing_context="fork" if recipe.workers else None,
     )
+    for batch in made:
+        if isinstance(batch, InputError):
+            raise batch
+        yield batch
 
 
 def _step(

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from ctxcompress import Backbone, CheckpointError, ConfigError, checkpoint
-from ctxcompress.errors import MissingExtraError
+from ctxcompress.errors import InputError, MissingExtraError
 from ctxcompress.train.loop import train
 from ctxcompress.train.recipe import Recipe
 
@@ -260,3 +260,10 @@ def test_workers_change_nothing(tmp_path: Path, tiny_model: Path) -> None:
     assert one.keys() == other.keys()
     for name, tensor in one.items():
         assert torch.equal(tensor, other[name]), name
+
+
+def test_errors_in_workers_are_told_as_elsewhere(tmp_path: Path, tiny_model: Path) -> None:
+    recipe = written(tmp_path, tiny_model, workers=1, tokens=[12, 12])
+    (tmp_path / "texts.jsonl").write_text('{"text": "too short"}', encoding="utf-8")
+    with pytest.raises(InputError, match=r"^no text of 12 tokens in 100 draws"):
+        train(Recipe.read(recipe))

@@ -141,7 +141,7 @@ def test_card_and_measurements_are_kept(backbone: Backbone, tmp_path: Path) -> N
     described, card = checkpoint.describe(tmp_path), (tmp_path / "README.md").read_text(encoding="utf-8")
     assert (described["measured"], described["training"]) == (measured, [stage])
     for line in (
-        "320 samples in 10 steps, 2 minutes on a CPU",
+        "320 samples in 10 steps, 2.0 minutes on a CPU",
         "seed 3",
         "answer at 4 1.25",
         "CC0",
