@@ -247,6 +247,7 @@ def test_two_processes_equal_twice_the_accumulation(tiny_model: Path, tmp_path: 
     torch.testing.assert_close(got, expected, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.filterwarnings("ignore:This DataLoader will create 2 worker processes")  # on one core
 def test_workers_change_nothing(tmp_path: Path, tiny_model: Path) -> None:
     alone, helped = (
         written(tmp_path / "alone", tiny_model),

@@ -53,6 +53,7 @@ ORDER = [
     "retrieval",
     "train.recipe",
     "train.data",
+    "train.lean",
     "train.losses",
     "train.synthesize",
     "train.labels",
