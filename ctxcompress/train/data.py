@@ -1,22 +1,25 @@
 """Files -> samples -> batches, without state: batch number n of a run is a function of the seed and n.
 
 So a run that is taken up again sees what it would have seen, and two processes together see what one would
-see with twice the accumulation.
+see with twice the accumulation. All batches of an optimizer step have one objective, ratio and length, on
+however many processes and passes it is spread: so processes need not wait for each other.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import lzma
 import random
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from ctxcompress.backbone import Backbone, Ids
+from ctxcompress.backbone import Backbone, Encoding, Ids
+from ctxcompress.chunking import chunked
 from ctxcompress.errors import InputError
 from ctxcompress.prompt import (
     CONTINUE,
@@ -32,7 +35,11 @@ from ctxcompress.train.recipe import Recipe
 CANDIDATES = 4  # a batch of questions is cut from this many times its size, sorted by length
 ATTEMPTS = 100  # records tried for one sample before the data is called unsuitable
 QUOTED, RECALLED = 8, 24  # tokens of a passage that recall shows, and tokens after them that it asks for
+FOUND = 3  # ratios drawn for a chunk of the gold document, of which it gets the finest: allocators favour it
 _QUESTION = ("question", "answers", "documents")
+
+Chunk = tuple[Ids, int]
+"""Token ids that are encoded alone, and their ratio; at 1 they stay raw."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,11 +61,13 @@ class Sample:
         turns: of each turn the prompt, token ids and slots, and the target: what the decoder should say, with
             the end of its turn.
         gold: which documents hold the first answer, where there are others beside them.
+        chunks: of each document; empty: every document is a chunk, at the batch's ratio.
     """
 
     documents: tuple[Ids, ...]
     turns: tuple[tuple[tuple[Ids | Slot, ...], Ids], ...]
     gold: tuple[int, ...] = ()
+    chunks: tuple[tuple[Chunk, ...], ...] = ()
 
     @property
     def targets(self) -> Ids:
@@ -68,11 +77,21 @@ class Sample:
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """Samples that are trained together: one objective, one ratio."""
+    """Samples that are trained together: one objective, one ratio; 0 where every chunk has its own."""
 
     objective: str
     ratio: int
     samples: tuple[Sample, ...]
+
+    @property
+    def chunks(self) -> list[Sequence[Chunk]]:
+        """Of every document, samples one after another."""
+        return [chunks for sample in self.samples for chunks in sample.chunks or whole((sample,), self.ratio)]
+
+
+def whole(samples: Sequence[Sample], ratio: int) -> list[Sequence[Chunk]]:
+    """Every document of samples as one chunk."""
+    return [((document, ratio),) for sample in samples for document in sample.documents]
 
 
 class Samples:
@@ -81,27 +100,31 @@ class Samples:
     Args:
         recipe: files, objectives, ratios, lengths, seed.
         backbone: its tokenizer and chat template.
+        processes: that train together.
     """
 
-    def __init__(self, recipe: Recipe, backbone: Backbone) -> None:
+    def __init__(self, recipe: Recipe, backbone: Backbone, processes: int = 1) -> None:
         self._recipe = recipe
+        self._per_step = recipe.accumulation * processes
         self._backbone = backbone
         self._end = _end_of_turn(backbone)
 
     def batch(self, number: int) -> Batch:
         """Batch `number` of the run, >= 0."""
         recipe = self._recipe
+        step = random.Random(f"{recipe.seed} step {number // self._per_step}")
+        objective, ratio = _drawn(step, recipe.objectives), _drawn(step, recipe.ratios)
         draw = random.Random(f"{recipe.seed} batch {number}")
-        objective, ratio = _drawn(draw, recipe.objectives), _drawn(draw, recipe.ratios)
         if objective == "answer":
-            candidates = [self._question(draw) for _ in range(CANDIDATES * recipe.batch_size)]
+            ratio = 0 if step.random() < recipe.mixed else ratio
+            candidates = [self._question(draw, ratio) for _ in range(CANDIDATES * recipe.batch_size)]
             candidates.sort(key=lambda sample: sum(map(len, sample.documents)))
             first = draw.randrange(len(candidates) - recipe.batch_size + 1)
             samples = candidates[first : first + recipe.batch_size]
         else:
-            # One length for the whole batch, drawn evenly in its logarithm: hardly any padding.
+            # One length for all, drawn evenly in its logarithm: hardly any padding.
             shortest, longest = recipe.tokens
-            tokens = round(shortest * (longest / shortest) ** draw.random())
+            tokens = round(shortest * (longest / shortest) ** step.random())
             make = {"reconstruction": self._repeat, "continuation": self._go_on, "recall": self._recall}
             samples = [make[objective](draw, tokens) for _ in range(recipe.batch_size)]
         return Batch(objective, ratio, tuple(samples))
@@ -146,7 +169,7 @@ class Samples:
             f"no text of {wanted} tokens in {ATTEMPTS} draws from {self._recipe.texts}; lower tokens"
         )
 
-    def _question(self, draw: random.Random) -> Sample:
+    def _question(self, draw: random.Random, ratio: int) -> Sample:
         recipe = self._recipe
         for _ in range(ATTEMPTS):
             record = draw.choice(self._questions)
@@ -159,8 +182,8 @@ class Samples:
             count = draw.randint(*recipe.documents)
             documents += draw.sample(others, min(max(count - len(documents), 0), len(others)))
             draw.shuffle(documents)
-            ids = [self._backbone.encode(document).ids for document in documents]
-            if max(map(len, ids)) <= recipe.longest_document:
+            encodings = [self._backbone.encode(document) for document in documents]
+            if max(len(encoding.ids) for encoding in encodings) <= recipe.longest_document:
                 break
         else:
             raise InputError(
@@ -173,7 +196,22 @@ class Samples:
         for other in draw.sample(siblings, min(recipe.questions_per_sample - 1, len(siblings))):
             asked.append((other["question"], self._answer(draw, other)))
         golden = tuple(place for place, text in enumerate(documents) if text in known)
-        return self._conversation(ids, asked, golden)
+        sample = self._conversation([encoding.ids for encoding in encodings], asked, golden)
+        if not recipe.chunk_tokens and ratio:
+            return sample
+        chunks = tuple(
+            tuple(self._chunks(draw, text, encoding, ratio, FOUND if text in known else 1))
+            for text, encoding in zip(documents, encodings, strict=True)
+        )
+        return dataclasses.replace(sample, chunks=chunks)
+
+    def _chunks(
+        self, draw: random.Random, text: str, encoding: Encoding, ratio: int, draws: int
+    ) -> Iterator[Chunk]:
+        """A document cut as `compress` cuts it; at ratio 0 each chunk has the finest of its draws."""
+        size = self._recipe.chunk_tokens or max(len(encoding.ids), 1)
+        for chunk in chunked(text, encoding.ids, encoding.spans, size):
+            yield chunk.ids, ratio or min(_drawn(draw, self._recipe.ratios) for _ in range(draws))
 
     def _conversation(
         self, documents: Sequence[Ids], asked: Sequence[tuple[str, Ids]], gold: tuple[int, ...]

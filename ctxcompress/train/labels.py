@@ -24,7 +24,7 @@ from ctxcompress.errors import ConfigError, InputError
 from ctxcompress.methods.dac import Progress
 from ctxcompress.prompt import CONTINUE, REPEAT, chat_prompt
 from ctxcompress.soft import SoftCompressor
-from ctxcompress.train.data import Sample, Slot
+from ctxcompress.train.data import Sample, Slot, whole
 from ctxcompress.train.losses import Objective
 
 Judge = Literal["reconstruction", "continuation"]
@@ -295,8 +295,7 @@ def _sample(compressor: SoftCompressor, document: Ids, rest: Ids, judge: Judge) 
 @torch.inference_mode()
 def _losses(objective: Objective, samples: Sequence[Sample], ratio: int) -> list[float]:
     """Nats per target token of every sample."""
-    documents = [document for sample in samples for document in sample.documents]
-    logits_NV = objective._logits(objective._spliced(samples, *objective._soft(documents, ratio)))
+    logits_NV = objective._logits(objective._spliced(samples, *objective._soft(whole(samples, ratio))))
     targets_N = torch.tensor([token for sample in samples for token in sample.targets])
     nll_N = F.cross_entropy(logits_NV.float(), targets_N.to(logits_NV.device), reduction="none")
     return [float(part.mean()) for part in nll_N.split([len(sample.targets) for sample in samples])]

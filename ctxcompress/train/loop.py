@@ -12,6 +12,7 @@ moments and a step number are all that is needed to go on exactly, on as many pr
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
 import math
@@ -28,12 +29,13 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from ctxcompress import checkpoint
-from ctxcompress.backbone import Backbone
+from ctxcompress.backbone import Backbone, native_dtype
 from ctxcompress.calibration import Calibration
 from ctxcompress.errors import CheckpointError, InputError, MissingExtraError
 from ctxcompress.files import write_atomically
 from ctxcompress.methods.dac import Progress
 from ctxcompress.soft import SoftCompressor
+from ctxcompress.train import sharded
 from ctxcompress.train.data import Batch, Samples
 from ctxcompress.train.lean import few_kernels
 from ctxcompress.train.losses import Objective
@@ -65,31 +67,40 @@ def train(recipe: Recipe, progress: Progress | None = None) -> SoftCompressor:
     accelerator.wait_for_everyone()
     if recipe.tensorboard:
         accelerator.init_trackers("ctxcompress")
-    base = Backbone.from_pretrained(recipe.base, device=accelerator.device)
+    shards = sharded.asked_for(accelerator, recipe)
+    base = Backbone.from_pretrained(
+        recipe.base,
+        device="cpu" if shards else accelerator.device,
+        dtype=native_dtype(accelerator.device),
+    )
     compressor, moments, first = _begun(base, recipe, output)
     heads = Calibration.for_model(base.name, *base.layers_heads).heads
-    model = Objective(compressor, recipe.distillation, recipe.attention, heads)
-    names = dict(compressor.trained())
-    optimizer = torch.optim.AdamW(
-        names.values(),
+    trained = sharded.apart(compressor) if shards else compressor
+    model = Objective(trained, recipe.distillation, recipe.attention, heads)
+    optimizer: Any = torch.optim.AdamW(
+        [parameter for _, parameter in trained.trained()],
         lr=recipe.learning_rate,
         betas=recipe.betas,
         weight_decay=recipe.weight_decay,
         fused=True,
     )
-    _restore(optimizer, names, moments)
     prepared, optimizer = accelerator.prepare(model, optimizer)
+    _restore(optimizer, trained, moments)
     batches = _batches(recipe, base, first, accelerator)
     metrics = _Metrics(output, accelerator if recipe.tensorboard else None)
-    with few_kernels(model):
+    with contextlib.nullcontext() if shards else few_kernels(model):
         for step in range(first, recipe.steps):
             figures = _step(accelerator, prepared, optimizer, batches, recipe, step)
             if accelerator.is_main_process:
                 metrics.add(figures)
-                if (step + 1) % recipe.save_every == 0 or step + 1 == recipe.steps:
+            if (step + 1) % recipe.save_every == 0 or step + 1 == recipe.steps:
+                moments = _moments(optimizer, trained)
+                if shards:
+                    sharded.collect(trained, compressor)
+                if accelerator.is_main_process:
                     metrics.write()
                     stages = [*_earlier(recipe), _stage(recipe, output, accelerator.num_processes)]
-                    _save(output, compressor, optimizer, step + 1, stages)
+                    _save(output, compressor, moments, step + 1, stages)
             if progress is not None:
                 progress("training", step + 1, recipe.steps)
     compressor.finish()
@@ -117,7 +128,7 @@ def _stage(recipe: Recipe, output: Path, processes: int) -> dict[str, Any]:
     lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     ends: dict[str, list[float]] = {}
     for line in lines[-max(len(lines) // 5, 1) :]:
-        ends.setdefault(f"{line['objective']} at {line['ratio']}", []).append(line["nll"])
+        ends.setdefault(f"{line['objective']} at {line['ratio'] or 'mixed'}", []).append(line["nll"])
     cuda = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
     return {
         "recipe": settings,
@@ -161,7 +172,7 @@ def _accelerator(recipe: Recipe) -> Any:
 
 def _batches(recipe: Recipe, base: Backbone, first: int, accelerator: Any) -> Iterator[Batch]:
     """This process's batches from step `first` on; workers, if any, make them while others are trained on."""
-    samples = Samples(recipe, base)
+    samples = Samples(recipe, base, accelerator.num_processes)
     if recipe.workers:
         samples.read()  # once, before the workers share it
 
@@ -201,7 +212,8 @@ def _step(
             losses = model(batch)
             accelerator.backward(losses["loss"])
             if accelerator.sync_gradients:
-                figures["gradient"] = accelerator.clip_grad_norm_(model.parameters(), recipe.clip)
+                norm = accelerator.clip_grad_norm_(model.parameters(), recipe.clip)
+                figures["gradient"] = sharded.gathered(norm)
             optimizer.step()
             optimizer.zero_grad()
         losses = {name: loss.detach() for name, loss in losses.items()}
@@ -286,32 +298,38 @@ def _newest(output: Path) -> Path | None:
 
 
 def _save(
-    output: Path, compressor: SoftCompressor, optimizer: Any, step: int, stages: list[dict[str, Any]]
+    output: Path,
+    compressor: SoftCompressor,
+    moments: dict[str, Tensor],
+    step: int,
+    stages: list[dict[str, Any]],
 ) -> None:
     """Moments first, adapters with their `config.json` last; only then the older checkpoints go."""
     from safetensors.torch import save as to_bytes
 
     folder = output / f"checkpoint-{step}"
-    state = optimizer.state_dict()["state"]
-    tensors = {
-        f"{key}.{name}": state[place][key].cpu()
-        for place, (name, _) in enumerate(compressor.trained())
-        if place in state
-        for key in ("exp_avg", "exp_avg_sq", "step")
-    }
-    write_atomically(folder / _MOMENTS, to_bytes(tensors))
+    write_atomically(folder / _MOMENTS, to_bytes(moments))
     checkpoint.save(compressor, folder, training=stages)
     for older in output.glob("checkpoint-*"):
         if older != folder:
             shutil.rmtree(older)
 
 
-def _restore(optimizer: torch.optim.Optimizer, names: dict[str, Any], moments: dict[str, Tensor]) -> None:
-    for name, parameter in names.items():
-        state = {
-            key: moments[f"{key}.{name}"].to(parameter.device)
-            for key in ("exp_avg", "exp_avg_sq", "step")
-            if f"{key}.{name}" in moments
-        }
-        if state:
-            optimizer.state[parameter] = state
+def _moments(optimizer: Any, trained: SoftCompressor) -> dict[str, Tensor]:
+    """What the optimizer keeps of every parameter that has had a gradient; called on all processes."""
+    return {
+        f"{key}.{name}": sharded.gathered(optimizer.state[parameter][key]).cpu()
+        for name, parameter in trained.trained()
+        if parameter in optimizer.state
+        for key in ("exp_avg", "exp_avg_sq", "step")
+    }
+
+
+def _restore(optimizer: Any, trained: SoftCompressor, moments: dict[str, Tensor]) -> None:
+    for name, parameter in trained.trained():
+        if f"step.{name}" in moments:
+            optimizer.state[parameter] = {
+                "step": moments[f"step.{name}"].to(parameter.device),
+                "exp_avg": sharded.part(moments[f"exp_avg.{name}"], parameter),
+                "exp_avg_sq": sharded.part(moments[f"exp_avg_sq.{name}"], parameter),
+            }

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ctxcompress.attention import TrainedMass
-from ctxcompress.pooling import windows
+from ctxcompress.backbone import Ids
 from ctxcompress.soft import SoftCompressor
-from ctxcompress.train.data import Batch, Sample, Slot
+from ctxcompress.train.data import Batch, Chunk, Sample, Slot, whole
 from ctxcompress.types import Span
 
 DISTILLED = ("answer", "continuation")
@@ -46,11 +46,12 @@ class Objective(nn.Module):
         self._distillation = distillation
         self._attention = attention
         self._heads = heads
+        # Where accelerate looks for the layers that FSDP shards one by one.
+        self._no_split_modules = list(compressor.decoder_model._no_split_modules)
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         """Losses in nats per target token: "loss", which is trained, and what it is made of."""
-        documents = [document for sample in batch.samples for document in sample.documents]
-        spliced = self._spliced(batch.samples, *self._soft(documents, batch.ratio))
+        spliced = self._spliced(batch.samples, *self._soft(batch.chunks))
         recorder = None
         if self._attention and any(sample.gold for sample in batch.samples):
             recorder = TrainedMass(self._heads, spliced.readings)
@@ -58,9 +59,10 @@ class Objective(nn.Module):
         targets_N = torch.tensor([token for sample in batch.samples for token in sample.targets])
         nll = F.cross_entropy(logits_NV.float(), targets_N.to(logits_NV.device))
         losses = {"loss": nll, "nll": nll.detach()}
-        if self._distillation and batch.ratio > 1 and batch.objective in DISTILLED:
+        if self._distillation and batch.ratio != 1 and batch.objective in DISTILLED:
             with torch.no_grad():
-                teacher_NV = self._logits(self._spliced(batch.samples, *self._soft(documents, 1)))
+                raw = self._soft(whole(batch.samples, 1))
+                teacher_NV = self._logits(self._spliced(batch.samples, *raw))
             divergence = F.kl_div(
                 logits_NV.float().log_softmax(-1),
                 teacher_NV.float().log_softmax(-1),
@@ -73,19 +75,36 @@ class Objective(nn.Module):
             losses |= {"loss": losses["loss"] + self._attention * missed, "attention": missed.detach()}
         return losses
 
-    def _soft(self, documents: Sequence[Sequence[int]], ratio: int) -> tuple[Tensor, list[int]]:
-        """(M, D) embeddings of all documents, one after another, and how many each has; at 1 its tokens."""
-        if ratio == 1:
-            ids_M = torch.tensor([token for document in documents for token in document], dtype=torch.long)
-            embed = self.compressor.encoder.embed_tokens
-            return embed(ids_M.to(self.compressor.device)), [*map(len, documents)]
-        features, _ = self.compressor.read(documents, ratio)
-        soft_BMD = self.compressor.converter(features)
-        end = self.compressor.config.pool_end_token
-        sizes = [windows(len(document) + end, ratio) for document in documents]
-        starts = range(0, soft_BMD.shape[0] * soft_BMD.shape[1], soft_BMD.shape[1])
-        kept_M = torch.cat([start + torch.arange(size) for start, size in zip(starts, sizes, strict=True)])
-        return soft_BMD.flatten(0, 1).index_select(0, kept_M.to(soft_BMD.device)), sizes
+    def _soft(self, documents: Sequence[Sequence[Chunk]]) -> tuple[Tensor, list[int]]:
+        """(M, D) embeddings of all documents, one after another, and how many each has."""
+        size = self.compressor.size
+        chunks = [chunk for document in documents for chunk in document]
+        parts: list[Tensor] = []
+        starts: dict[int, int] = {}  # of each chunk, in all parts together
+        end = 0
+        for ratio in sorted({ratio for _, ratio in chunks}):
+            places = [place for place, (_, own) in enumerate(chunks) if own == ratio]
+            rows_BMD = self._rows([chunks[place][0] for place in places], ratio)
+            for row, place in enumerate(places):
+                starts[place] = end + row * rows_BMD.shape[1]
+            parts.append(rows_BMD.flatten(0, 1))
+            end += len(parts[-1])
+        kept_M = torch.cat(
+            [starts[place] + torch.arange(size(len(ids), ratio)) for place, (ids, ratio) in enumerate(chunks)]
+        )
+        sizes = [sum(size(len(ids), ratio) for ids, ratio in document) for document in documents]
+        return torch.cat(parts).index_select(0, kept_M.to(parts[0].device)), sizes
+
+    def _rows(self, texts: Sequence[Ids], ratio: int) -> Tensor:
+        """(B, M, D) soft tokens of texts, at ratio 1 embeddings of their tokens, padded on the right."""
+        if ratio > 1:
+            features, _ = self.compressor.read(texts, ratio)
+            soft_BMD: Tensor = self.compressor.converter(features)
+            return soft_BMD
+        tokens = [torch.tensor(ids, dtype=torch.long) for ids in texts]
+        ids_BM = nn.utils.rnn.pad_sequence(tokens, batch_first=True)
+        embeds_BMD: Tensor = self.compressor.encoder.embed_tokens(ids_BM.to(self.compressor.device))
+        return embeds_BMD
 
     def _spliced(self, samples: Sequence[Sample], soft_MD: Tensor, sizes: Sequence[int]) -> _Spliced:
         """Samples as padded rows; all places are found before any is filled, for which few kernels do."""

@@ -25,6 +25,7 @@ _WHOLE = {
     "save_every": 1,
     "longest_document": 1,
     "questions_per_sample": 1,
+    "chunk_tokens": 0,
     "warmup": 0,
     "workers": 0,
 }
@@ -45,10 +46,14 @@ class Recipe:
             "continuation" goes on after it, "recall" is asked what follows a few words in the middle of it,
             "answer" answers questions.
         ratios: weights of the compression ratios; each batch draws one; 1 is raw text.
+        mixed: part of the batches of questions in which every chunk draws a ratio of its own, as allocators
+            give them: raw text stands beside soft tokens of all ratios.
         tokens: shortest and longest text of reconstruction, continuation and recall, in tokens.
         documents: fewest and most documents of a question, whose others come from the same title, and of
             recall, whose others are other texts.
         longest_document: documents with more tokens are left out.
+        chunk_tokens: most tokens of a chunk of a question's documents, each of which is encoded alone; 0
+            leaves documents whole.
         questions_per_sample: most questions, of answers or recall, asked in turn about one set of documents,
             which is encoded once.
         distillation: weight of KL(decoder reading raw text || decoder reading soft tokens) beside the
@@ -80,9 +85,11 @@ class Recipe:
     questions: tuple[str, ...] = ()
     objectives: dict[str, float] = field(default_factory=lambda: {"reconstruction": 1.0})
     ratios: dict[int, float] = field(default_factory=lambda: {2: 1.0, 4: 1.0})
+    mixed: float = 0.0
     tokens: tuple[int, int] = (16, 48)
     documents: tuple[int, int] = (1, 1)
     longest_document: int = 400
+    chunk_tokens: int = 0
     questions_per_sample: int = 1
     distillation: float = 0.0
     attention: float = 0.0
@@ -113,11 +120,9 @@ class Recipe:
                 raise ConfigError(
                     f"{name} must be >= 0 and finite, got {getattr(self, name)}; 0 turns it off"
                 )
-        if not 0 <= self.final_learning_rate <= 1:
-            raise ConfigError(
-                "final_learning_rate must be in [0, 1] (a part of learning_rate), got "
-                f"{self.final_learning_rate}"
-            )
+        for name, whole in (("final_learning_rate", "learning_rate"), ("mixed", "the batches of questions")):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ConfigError(f"{name} must be in [0, 1] (a part of {whole}), got {getattr(self, name)}")
         self._check_pairs()
         self._check_objectives()
         if not self.start:
@@ -167,11 +172,12 @@ class Recipe:
                 "ratio 1 (raw text) trains only the decoder's adapter, got decoder_rank 0; remove ratio 1, "
                 "or raise decoder_rank"
             )
+        together = "chunk_tokens" if self.chunk_tokens else "longest_document"
         for objective, name, longest in (
             ("reconstruction", "tokens", self.tokens[1]),
             ("continuation", "tokens", self.tokens[1]),
             ("recall", "tokens", self.tokens[1]),
-            ("answer", "longest_document", self.longest_document),
+            ("answer", together, getattr(self, together)),
         ):
             if self.objectives.get(objective) and longest > compressor.window:
                 raise ConfigError(

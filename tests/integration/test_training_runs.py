@@ -42,7 +42,15 @@ from ctxcompress import checkpoint
 from ctxcompress.train import data, loop
 from ctxcompress.train.recipe import Recipe
 
-recipe, fault = Recipe.read(Path(sys.argv[1])), sys.argv[2]
+recipe, fault = Recipe.read(Path(sys.argv[1])), "".join(sys.argv[2:3])
+if "float32" in sys.argv:
+    loop.native_dtype = lambda place: torch.float32
+if os.environ.get("ACCELERATE_USE_FSDP"):
+    # accelerate shards on GPUs only, torch on CPUs as well: it is told that these are GPUs.
+    from accelerate.state import DistributedType, PartialState
+
+    PartialState(cpu=True)
+    PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
 
 def die(*_, **__):
     os.kill(os.getpid(), signal.SIGKILL)
@@ -62,7 +70,7 @@ def batch(self, number):
 data.Samples.batch = batch
 loop.train(recipe, progress)
 """
-"""Runs the recipe argv[1], dies as argv[2] says, and notes the batches that every process sees."""
+"""Runs the recipe argv[1], dies as argv[2] says, computes in argv[3], and notes what every process sees."""
 
 
 def written(folder: Path, tiny_model: Path, **changed: Any) -> Path:
@@ -104,13 +112,13 @@ def tensors(folder: Path) -> dict[str, Tensor]:
 
 
 def run_worker(
-    recipe: Path, fault: str = "", launcher: tuple[str, ...] = ()
+    recipe: Path, *arguments: str, launcher: tuple[str, ...] = (), **environment: str
 ) -> subprocess.CompletedProcess[str]:
     script = recipe.with_name("worker.py")
     script.write_text(WORKER, encoding="utf-8")
     return subprocess.run(
-        [sys.executable, *launcher, str(script), str(recipe), fault],
-        env={**os.environ, **ALONE},
+        [sys.executable, *launcher, str(script), str(recipe), *arguments],
+        env={**os.environ, **ALONE, **environment},
         capture_output=True, text=True, timeout=300, check=False,
     )  # fmt: skip
 
@@ -221,30 +229,51 @@ def test_tensorboard_that_is_missing_is_named(
         train(Recipe.read(written(tmp_path, tiny_model, tensorboard=True)))
 
 
-def test_two_processes_equal_twice_the_accumulation(tiny_model: Path, tmp_path: Path) -> None:
+# With --cpu, `accelerate launch` starts one process, whatever --num_processes says.
+TWO = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "--local_addr", "127.0.0.1")
+FSDP = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
+"""What `accelerate launch --use_fsdp --fsdp_version 2` tells its processes."""
+
+
+@pytest.mark.parametrize("environment", [{}, FSDP], ids=["whole", "sharded"])
+def test_two_processes_equal_twice_the_accumulation(
+    tiny_model: Path, tmp_path: Path, environment: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # In bfloat16 a sum in another order soon makes other weights.
+    monkeypatch.setattr("ctxcompress.train.loop.native_dtype", lambda place: torch.float32)
     settings: dict[str, Any] = {"steps": 7, "save_every": 4, "tensorboard": True, "seed": 1}
     alone = written(tmp_path / "alone", tiny_model, **settings, accumulation=2)
     both = written(tmp_path / "both", tiny_model, **settings)
     train(Recipe.read(alone))
-    # With --cpu, `accelerate launch` starts one process, whatever --num_processes says.
-    launcher = (
-        "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "--local_addr", "127.0.0.1",
-    )  # fmt: skip
-    assert run_worker(both, "after step 5", launcher).returncode != 0
-    done = run_worker(both, "", launcher)
+    assert run_worker(both, "after step 5", "float32", launcher=TWO, **environment).returncode != 0
+    done = run_worker(both, "to the end", "float32", launcher=TWO, **environment)
     assert done.returncode == 0, done.stderr[-3000:]
     lines = [Path(f"{both}.{rank}").read_text(encoding="utf-8").splitlines() for rank in range(2)]
     seen = [[tuple(map(int, line.split())) for line in own] for own in lines]
     # Steps 0 to 4, and after the checkpoint of four steps 4 to 6; step n is batch 2n here and 2n + 1 there.
     for rank in range(2):
         assert [number for number, _ in seen[rank]] == [2 * n + rank for n in (0, 1, 2, 3, 4, 4, 5, 6)]
-    # Ratio 1 leaves the encoder without a gradient: on one process, and on both at once.
+    # Both have one ratio; 1 leaves the encoder without a gradient.
     ratios = {(one, other) for (_, one), (_, other) in zip(*seen, strict=True)}
-    assert (1, 1) in ratios
-    assert any((one == 1) != (other == 1) for one, other in ratios)
-    expected, got = tensors(alone.parent), tensors(both.parent)
+    assert {(1, 1), (4, 4)} <= ratios <= {(1, 1), (2, 2), (4, 4)}
+    # Of the scale, a scalar, FSDP keeps vectors of one.
+    expected, got = (
+        {name: tensor.flatten() for name, tensor in tensors(run.parent).items()} for run in (alone, both)
+    )
     assert expected.keys() == got.keys()
     torch.testing.assert_close(got, expected, atol=1e-4, rtol=1e-4)
+
+
+def test_sharded_runs_say_what_they_need(tiny_model: Path, tmp_path: Path) -> None:
+    text = (path := written(tmp_path, tiny_model)).read_text(encoding="utf-8")
+    path.write_text(f"mixed = 0.5\n{text}", encoding="utf-8")
+    for environment, message in (
+        (FSDP, "mixed must be 0 under FSDP"),
+        ({**FSDP, "FSDP_VERSION": "1"}, "launch with --fsdp_version 2"),
+    ):
+        done = run_worker(path, launcher=TWO, **environment)
+        assert done.returncode != 0
+        assert message in done.stderr
 
 
 @pytest.mark.filterwarnings("ignore:This DataLoader will create 2 worker processes")  # on one core

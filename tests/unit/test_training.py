@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import lzma
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +16,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ctxcompress import Backbone, ConfigError, InputError
+from ctxcompress.chunking import chunked
 from ctxcompress.config import SoftConfig
 from ctxcompress.prompt import chat_prompt
 from ctxcompress.soft import SoftCompressor
-from ctxcompress.train.data import Batch, Sample, Samples, Slot, read_lines
+from ctxcompress.train.data import Batch, Chunk, Sample, Samples, Slot, read_lines, whole
 from ctxcompress.train.loop import learning_rate
 from ctxcompress.train.losses import Objective
 from ctxcompress.train.recipe import Recipe
@@ -227,6 +230,40 @@ def test_others_are_of_the_gold_documents_title(
     }
 
 
+def test_documents_are_cut_as_for_answers(settings: dict[str, Any], backbone: Backbone) -> None:
+    whole_documents = only(settings, "answer", documents=(2, 3))
+    cut = dataclasses.replace(whole_documents, chunk_tokens=8)
+    for number in range(6):
+        plain, batch = (Samples(recipe, backbone).batch(number) for recipe in (whole_documents, cut))
+        assert [sample.chunks for sample in plain.samples] == [()] * 3
+        assert [dataclasses.replace(sample, chunks=()) for sample in batch.samples] == [*plain.samples]
+        for sample in batch.samples:
+            for document, chunks in zip(sample.documents, sample.chunks, strict=True):
+                encoding = backbone.encode(text := backbone.tokenizer.decode(document))
+                expected = chunked(text, encoding.ids, encoding.spans, 8)
+                assert [*chunks] == [(chunk.ids, batch.ratio) for chunk in expected]
+                assert len(chunks) > 1
+
+
+def test_chunks_of_mixed_batches_draw_their_ratios(settings: dict[str, Any], backbone: Backbone) -> None:
+    recipe = only(settings, "answer", documents=(3, 3), chunk_tokens=8, mixed=0.5, batch_size=6)
+    batches = [Samples(recipe, backbone).batch(number) for number in range(40)]
+    assert 10 < sum(batch.ratio == 0 for batch in batches) < 30
+    raw: dict[bool, list[bool]] = {True: [], False: []}
+    for batch in batches:
+        ratios = {ratio for own in batch.chunks for _, ratio in own}
+        assert ratios == ({batch.ratio} if batch.ratio else {1, 2, 4})
+        for sample in batch.samples if batch.ratio == 0 else ():
+            for place, own in enumerate(sample.chunks):
+                raw[place in sample.gold] += [ratio == 1 for _, ratio in own]
+    # A third of the draws is 1: 1/3 of the others' chunks stay raw, and 1 - (2/3)^3 of the gold documents'.
+    assert sum(raw[False]) / len(raw[False]) == pytest.approx(1 / 3, abs=0.05)
+    assert sum(raw[True]) / len(raw[True]) == pytest.approx(19 / 27, abs=0.05)
+    alone = Samples(dataclasses.replace(recipe, chunk_tokens=0, mixed=1.0), backbone).batch(0)
+    assert {len(own) for own in alone.chunks} == {1}
+    assert len({ratio for ((_, ratio),) in alone.chunks}) > 1
+
+
 def test_line_separators_inside_strings_are_no_line_ends(tmp_path: Path) -> None:
     file = tmp_path / "texts.jsonl"
     file.write_bytes('{"text": "one\u2028two"}\r\n\n{"text": "three"}\n'.encode())
@@ -271,28 +308,33 @@ def test_data_without_fitting_samples_is_refused(settings: dict[str, Any], backb
 # Losses
 
 
-def one_by_one(compressor: SoftCompressor, sample: Sample, ratio: int) -> tuple[list[Tensor], list[Tensor]]:
-    """Log-probabilities (V,) and NLL of every target token; every document and prefix alone, never padded."""
+def read_alone(compressor: SoftCompressor, ids: Sequence[int], ratio: int) -> Tensor:
+    """Embeddings of a chunk's tokens, or its soft tokens, window by window."""
+    tokens = compressor.decoder_model.get_input_embeddings().weight[list(ids)]
+    if ratio == 1:
+        return tokens
+    ended = torch.tensor([[*ids, compressor.tokenizer.eos_token_id]])
+    everything = torch.ones(1, 1, ended.shape[1], ended.shape[1], dtype=torch.bool)
+    states = compressor.encoder(input_ids=ended, attention_mask=everything, use_cache=False)
+    states = states.last_hidden_state[0]
+    rows = []
+    for start in range(0, len(ids), ratio):
+        stop = min(start + ratio, len(ids))
+        hidden, mean = states[start:stop].mean(dim=0), tokens[start:stop].mean(dim=0)
+        normed = hidden / (hidden.square().mean() + 1e-6).sqrt() * compressor.converter.norm.weight
+        inner = F.gelu(compressor.converter.up.weight @ normed)
+        learned = compressor.converter.scale * (compressor.converter.down.weight @ inner)
+        rows.append(learned + mean * math.sqrt(stop - start))
+    return torch.stack(rows)
+
+
+def one_by_one(
+    compressor: SoftCompressor, sample: Sample, chunks: Sequence[Sequence[Chunk]]
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Log-probabilities (V,) and NLL of every target token; every chunk and prefix alone, never padded."""
     model = compressor.decoder_model
     table = model.get_input_embeddings().weight
-    documents = []
-    for document in sample.documents:
-        tokens = table[list(document)]
-        if ratio > 1:
-            ids = torch.tensor([[*document, compressor.tokenizer.eos_token_id]])
-            everything = torch.ones(1, 1, ids.shape[1], ids.shape[1], dtype=torch.bool)
-            states = compressor.encoder(input_ids=ids, attention_mask=everything, use_cache=False)
-            states = states.last_hidden_state[0]
-            rows = []
-            for start in range(0, len(document), ratio):
-                stop = min(start + ratio, len(document))
-                hidden, mean = states[start:stop].mean(dim=0), tokens[start:stop].mean(dim=0)
-                normed = hidden / (hidden.square().mean() + 1e-6).sqrt() * compressor.converter.norm.weight
-                inner = F.gelu(compressor.converter.up.weight @ normed)
-                learned = compressor.converter.scale * (compressor.converter.down.weight @ inner)
-                rows.append(learned + mean * math.sqrt(stop - start))
-            tokens = torch.stack(rows)
-        documents.append(tokens)
+    documents = [torch.cat([read_alone(compressor, *chunk) for chunk in own]) for own in chunks]
     said, logs, nll = table[:0], [], []
     for prompt, target in sample.turns:
         parts = [documents[part.document] if isinstance(part, Slot) else table[list(part)] for part in prompt]
@@ -309,8 +351,8 @@ def slow_losses(compressor: SoftCompressor, batch: Batch, distillation: float) -
     """Training loss, and KL(raw text || soft tokens), in nats per target token."""
     nll, divergences = [], []
     for sample in batch.samples:
-        student, values = one_by_one(compressor, sample, batch.ratio)
-        teacher, _ = one_by_one(compressor, sample, 1)
+        student, values = one_by_one(compressor, sample, sample.chunks or whole((sample,), batch.ratio))
+        teacher, _ = one_by_one(compressor, sample, whole((sample,), 1))
         nll += values
         divergences += [
             (t.detach().exp() * (t.detach() - s)).sum() for s, t in zip(student, teacher, strict=True)
@@ -352,6 +394,29 @@ def test_loss_equals_one_by_one(
         assert float(computed["kl"]) == pytest.approx(float(divergence), abs=1e-4)
 
 
+def mixed(backbone: Backbone) -> Batch:
+    """The samples of `uneven`, cut: 7 tokens as 2 soft and 3 raw, 3 as 1 soft, 12 as 4 raw, 2 and 2 soft."""
+    first, second = uneven(backbone, "answer", 0).samples
+    long, short, other = *first.documents, *second.documents
+    cut = (((long[:4], 2), (long[4:], 1)), ((short, 4),))
+    one = dataclasses.replace(first, chunks=cut)
+    two = dataclasses.replace(second, chunks=(((other[:4], 1), (other[4:8], 2), (other[8:], 2)),))
+    return Batch("answer", 0, (one, two))
+
+
+def test_loss_of_mixed_ratios_equals_one_by_one(compressor: SoftCompressor, backbone: Backbone) -> None:
+    batch = mixed(backbone)
+    objective = Objective(compressor, 0.7)
+    with torch.no_grad():
+        expected, divergence = slow_losses(compressor, batch, 0.7)
+        computed = objective(batch)
+        _, sizes = objective._soft(batch.chunks)
+    assert sizes == [2 + 3, 1, 4 + 2 + 2]
+    assert float(computed["loss"]) == pytest.approx(float(expected), abs=1e-4)
+    assert float(computed["kl"]) == pytest.approx(float(divergence), abs=1e-4)
+    assert float(divergence) > 0.01
+
+
 def test_reconstruction_is_never_distilled(compressor: SoftCompressor, backbone: Backbone) -> None:
     assert "kl" not in Objective(compressor, 1.0)(uneven(backbone, "reconstruction", 2))
 
@@ -362,7 +427,9 @@ def test_divergence_of_equal_distributions_is_zero(
     objective = Objective(compressor, 1.0)
     raw = objective._soft
     # Soft tokens that are the raw ones: student and teacher read the same.
-    monkeypatch.setattr(objective, "_soft", lambda documents, ratio: raw(documents, 1))
+    monkeypatch.setattr(
+        objective, "_soft", lambda documents: raw([[(ids, 1) for ids, _ in own] for own in documents])
+    )
     with torch.no_grad():
         computed = objective(uneven(backbone, "answer", 2))
     assert float(computed["kl"]) == pytest.approx(0, abs=1e-6)
@@ -394,13 +461,21 @@ def test_soft_tokens_are_those_of_inference(backbone: Backbone) -> None:
     torch.manual_seed(1)
     made = SoftCompressor(backbone, SoftConfig(ratio_set=(2, 4), converter_size=8, pool_end_token=True))
     made.finish(trainable=True)
-    documents = [list(range(20, 28)), list(range(30, 37))]  # 8 tokens and the end token: 3 windows of 4
-    soft_MD, sizes = Objective(made, 0.0)._soft(documents, 4)
+    documents = [tuple(range(20, 28)), tuple(range(30, 37))]  # 8 tokens and the end token: 3 windows of 4
+    soft_MD, sizes = Objective(made, 0.0)._soft([[(ids, 4)] for ids in documents])
     trained = soft_MD.split(sizes)
     inferred = [made.soft_tokens(text, 4).embeddings_MD for text in made.encode(documents)]
     assert [len(each) for each in trained] == [3, 2]
     for one, other in zip(trained, inferred, strict=True):
         torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-5)
+    # Chunks of one document at three ratios, as allocators hand them out: raw, 4 windows of 2, 2 of 4.
+    soft_MD, sizes = Objective(made, 0.0)._soft([[((5, 6), 1), (documents[1], 2), (documents[1], 4)]])
+    assert sizes == [2 + 4 + 2]
+    softened = made.soften([documents[1]] * 2, [2, 4])
+    expected = torch.cat(
+        [made.encoder.embed_tokens(torch.tensor([5, 6])), *(each.embeddings_MD for each in softened)]
+    )
+    torch.testing.assert_close(soft_MD, expected, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("ratio", [1, 2])
@@ -461,6 +536,9 @@ def test_learning_rate_by_hand(settings: dict[str, Any]) -> None:
         ({"distillation": -1.0}, "distillation must be >= 0 .* 0 turns it off"),
         ({"weight_decay": math.nan}, "weight_decay must be >= 0"),
         ({"final_learning_rate": 2.0}, r"final_learning_rate must be in \[0, 1\]"),
+        ({"mixed": 1.5}, r"mixed must be in \[0, 1\] \(a part of the batches of questions\), got 1.5"),
+        ({"chunk_tokens": -1}, "chunk_tokens must be a whole number >= 0"),
+        ({"chunk_tokens": 65}, "lower chunk_tokens"),
         ({"betas": (0.9,)}, "betas must be two numbers"),
         ({"betas": (0.9, 1.0)}, r"betas must be two numbers in \[0, 1\)"),
         ({"tokens": (9, 3)}, r"tokens must be \[fewest, most\]"),
@@ -576,8 +654,7 @@ def test_attention_loss_equals_that_of_whole_attention_matrices(
     with torch.no_grad():
         computed = objective(batch)
         expected = []
-        documents = [document for sample in batch.samples for document in sample.documents]
-        soft_MD, sizes = objective._soft(documents, 2)
+        soft_MD, sizes = objective._soft(batch.chunks)
         soft = soft_MD.split(sizes)
         for row, (sample, gold) in enumerate(zip(batch.samples[:2], (1, 0), strict=True)):
             # before 2, document, between 1, document, question 4: places by hand from the soft lengths.

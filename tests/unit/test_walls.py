@@ -54,6 +54,7 @@ ORDER = [
     "train.recipe",
     "train.data",
     "train.lean",
+    "train.sharded",
     "train.losses",
     "train.synthesize",
     "train.labels",
