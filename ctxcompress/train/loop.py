@@ -35,11 +35,11 @@ from ctxcompress.errors import CheckpointError, InputError, MissingExtraError
 from ctxcompress.files import write_atomically
 from ctxcompress.methods.dac import Progress
 from ctxcompress.soft import SoftCompressor
-from ctxcompress.train import sharded
 from ctxcompress.train.data import Batch, Samples
 from ctxcompress.train.lean import few_kernels
 from ctxcompress.train.losses import Objective
 from ctxcompress.train.recipe import Recipe
+from ctxcompress.train.sharded import apart, collect, gathered, part, sharding_asked_for
 
 _MOMENTS = "optimizer.safetensors"
 _NOT_SHOWN = ["base", "compressor", "notice", "output", "start", "save_every", "tensorboard", "workers"]
@@ -67,7 +67,7 @@ def train(recipe: Recipe, progress: Progress | None = None) -> SoftCompressor:
     accelerator.wait_for_everyone()
     if recipe.tensorboard:
         accelerator.init_trackers("ctxcompress")
-    shards = sharded.asked_for(accelerator, recipe)
+    shards = sharding_asked_for(accelerator, recipe)
     base = Backbone.from_pretrained(
         recipe.base,
         device="cpu" if shards else accelerator.device,
@@ -75,7 +75,7 @@ def train(recipe: Recipe, progress: Progress | None = None) -> SoftCompressor:
     )
     compressor, moments, first = _begun(base, recipe, output)
     heads = Calibration.for_model(base.name, *base.layers_heads).heads
-    trained = sharded.apart(compressor) if shards else compressor
+    trained = apart(compressor) if shards else compressor
     model = Objective(trained, recipe.distillation, recipe.attention, heads)
     optimizer: Any = torch.optim.AdamW(
         [parameter for _, parameter in trained.trained()],
@@ -96,7 +96,7 @@ def train(recipe: Recipe, progress: Progress | None = None) -> SoftCompressor:
             if (step + 1) % recipe.save_every == 0 or step + 1 == recipe.steps:
                 moments = _moments(optimizer, trained)
                 if shards:
-                    sharded.collect(trained, compressor)
+                    collect(trained, compressor)
                 if accelerator.is_main_process:
                     metrics.write()
                     stages = [*_earlier(recipe), _stage(recipe, output, accelerator.num_processes)]
@@ -213,7 +213,7 @@ def _step(
             accelerator.backward(losses["loss"])
             if accelerator.sync_gradients:
                 norm = accelerator.clip_grad_norm_(model.parameters(), recipe.clip)
-                figures["gradient"] = sharded.gathered(norm)
+                figures["gradient"] = gathered(norm)
             optimizer.step()
             optimizer.zero_grad()
         losses = {name: loss.detach() for name, loss in losses.items()}
@@ -318,7 +318,7 @@ def _save(
 def _moments(optimizer: Any, trained: SoftCompressor) -> dict[str, Tensor]:
     """What the optimizer keeps of every parameter that has had a gradient; called on all processes."""
     return {
-        f"{key}.{name}": sharded.gathered(optimizer.state[parameter][key]).cpu()
+        f"{key}.{name}": gathered(optimizer.state[parameter][key]).cpu()
         for name, parameter in trained.trained()
         if parameter in optimizer.state
         for key in ("exp_avg", "exp_avg_sq", "step")
@@ -330,6 +330,6 @@ def _restore(optimizer: Any, trained: SoftCompressor, moments: dict[str, Tensor]
         if f"step.{name}" in moments:
             optimizer.state[parameter] = {
                 "step": moments[f"step.{name}"].to(parameter.device),
-                "exp_avg": sharded.part(moments[f"exp_avg.{name}"], parameter),
-                "exp_avg_sq": sharded.part(moments[f"exp_avg_sq.{name}"], parameter),
+                "exp_avg": part(moments[f"exp_avg.{name}"], parameter),
+                "exp_avg_sq": part(moments[f"exp_avg_sq.{name}"], parameter),
             }

@@ -18,7 +18,7 @@ from ctxcompress.soft import SoftCompressor
 from ctxcompress.train.recipe import Recipe
 
 
-def asked_for(accelerator: Any, recipe: Recipe) -> bool:
+def sharding_asked_for(accelerator: Any, recipe: Recipe) -> bool:
     """Whether `accelerate launch` asks for FSDP.
 
     Raises:

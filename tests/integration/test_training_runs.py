@@ -293,7 +293,7 @@ def test_workers_change_nothing(tmp_path: Path, tiny_model: Path) -> None:
 
 
 def test_errors_in_workers_are_told_as_elsewhere(tmp_path: Path, tiny_model: Path) -> None:
-    recipe = written(tmp_path, tiny_model, workers=1, tokens=[12, 12])
+    recipe = written(tmp_path, tiny_model, workers=1, tokens=[12, 12], objectives={"reconstruction": 1})
     (tmp_path / "texts.jsonl").write_text('{"text": "too short"}', encoding="utf-8")
     with pytest.raises(InputError, match=r"^no text of 12 tokens in 100 draws"):
         train(Recipe.read(recipe))

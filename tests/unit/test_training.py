@@ -83,9 +83,9 @@ def compressor(backbone: Backbone) -> SoftCompressor:
 
 
 def test_batches_are_a_function_of_seed_and_number(settings: dict[str, Any], backbone: Backbone) -> None:
-    forwards = [Samples(Recipe(**settings), backbone).batch(number) for number in range(20)]
+    forwards = [Samples(Recipe(**settings), backbone).batch(number) for number in range(40)]
     again = Samples(Recipe(**settings), backbone)
-    assert [again.batch(number) for number in reversed(range(20))] == forwards[::-1]
+    assert [again.batch(number) for number in reversed(range(40))] == forwards[::-1]
     assert Samples(Recipe(**settings, seed=1), backbone).batch(0) != forwards[0]
     assert {batch.objective for batch in forwards} == {"reconstruction", "continuation", "recall", "answer"}
     assert {batch.ratio for batch in forwards} == {1, 2, 4}
