@@ -1,8 +1,9 @@
 """Files -> samples -> batches, without state: batch number n of a run is a function of the seed and n.
 
 So a run that is taken up again sees what it would have seen, and two processes together see what one would
-see with twice the accumulation. All batches of an optimizer step have one objective, ratio and length, on
-however many processes and passes it is spread: so processes need not wait for each other.
+see with twice the accumulation. All batches of an optimizer step have one objective and one ratio, and texts
+cut for them one length, on however many processes and passes it is spread: so processes hardly wait for each
+other.
 """
 
 from __future__ import annotations

@@ -58,7 +58,7 @@ def train(recipe: Recipe, progress: Progress | None = None) -> SoftCompressor:
     Raises:
         MissingExtraError: accelerate is not installed, or tensorboard, which the recipe asks for.
         CheckpointError: the output folder holds a run of another recipe.
-        ConfigError: the recipe does not fit the adapters it starts from.
+        ConfigError: the recipe does not fit the adapters it starts from, or FSDP.
     """
     accelerator = _accelerator(recipe)
     output = Path(recipe.output)
