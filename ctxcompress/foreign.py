@@ -146,11 +146,11 @@ class ForeignCompressor(SoftCompressor):
         )
 
     def read(
-        self, texts: Sequence[Sequence[int]], ratio: int, last: Sequence[bool] | None = None
+        self, texts: Sequence[Sequence[int]], ratios: Sequence[int], last: Sequence[bool] | None = None
     ) -> tuple[Features, Tensor]:
         """As the parent's; last pieces have all end tokens, others only the one that the parent appends."""
         ends = [self._before_end if closed else () for closed in last or [True] * len(texts)]
-        return super().read([[*ids, *end] for ids, end in zip(texts, ends, strict=True)], ratio, last)
+        return super().read([[*ids, *end] for ids, end in zip(texts, ends, strict=True)], ratios, last)
 
     def pieces(self, tokens: int) -> list[tuple[int, int]]:
         """As the parent's, with room for all end tokens in the last piece."""

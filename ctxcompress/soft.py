@@ -185,8 +185,8 @@ class SoftCompressor(nn.Module):
             token % self.encoder.embed_tokens.num_embeddings
             for token in range(11, 11 + 4 * self.config.ratio_set[0])
         ]
-        ratio = self.config.ratio_set[0]
-        if not torch.isfinite(self.read([ids], ratio)[0].states_BMD).all():
+        finest = self.config.ratio_set[0]
+        if not torch.isfinite(self.read([ids], [finest])[0].states_BMD).all():
             raise CheckpointError(
                 "the encoder's states must be finite, got NaN or infinity: copy the weights again"
             )
@@ -195,8 +195,8 @@ class SoftCompressor(nn.Module):
         # depth until it passes for a leak.
         self.encoder.layers = layers[:2]
         try:
-            alone, changed = (self.read([text], ratio)[0].states_BMD[0] for text in (ids, [*ids[:-1], 1]))
-            beside = self.read([ids, ids * 2], ratio)[0].states_BMD[0, : len(alone)]
+            alone, changed = (self.read([text], [finest])[0].states_BMD[0] for text in (ids, [*ids[:-1], 1]))
+            beside = self.read([ids, ids * 2], [finest] * 2)[0].states_BMD[0, : len(alone)]
         finally:
             self.encoder.layers = layers
         size = float(alone.abs().max())
@@ -241,7 +241,7 @@ class SoftCompressor(nn.Module):
             batch = [pieces[place] for place in places]
             ids = [texts[text][start:stop] for text, start, stop in batch]
             last = [stop == len(texts[text]) for text, _, stop in batch]
-            features, log2_B = self.read(ids, ratio, last)
+            features, log2_B = self.read(ids, [ratio] * len(ids), last)
             for row, piece in enumerate(batch):
                 count = int((features.counts_BM[row] > 0).sum())
                 parts = (features.states_BMD, features.embeddings_BMD, features.counts_BM)
@@ -338,21 +338,22 @@ class SoftCompressor(nn.Module):
         return Features(states_BMD, embeddings_BMD, counts_BM)
 
     def read(
-        self, texts: Sequence[Sequence[int]], ratio: int, last: Sequence[bool] | None = None
+        self, texts: Sequence[Sequence[int]], ratios: Sequence[int], last: Sequence[bool] | None = None
     ) -> tuple[Features, Tensor]:
-        """One differentiable encoder pass: features at `ratio`, and the predicted log2 ratio of each text.
+        """One differentiable encoder pass: features and the predicted log2 ratio of each text.
 
         Args:
             texts: token ids of each, at most `window` tokens.
-            ratio: of the set.
+            ratios: of each, of the set.
             last: which are the last pieces of their texts, whose end token may be pooled; None means all.
 
         Returns:
-            Features padded to the longest text, and (B,) float32.
+            Features padded to the most windows, and (B,) float32.
         """
         embed = self.encoder.embed_tokens
         lengths = [len(ids) for ids in texts]
-        memories = [windows(n, ratio) if self.config.features == "compression_tokens" else 0 for n in lengths]
+        counts = [windows(length, ratio) for length, ratio in zip(lengths, ratios, strict=True)]
+        memories = counts if self.config.features == "compression_tokens" else [0] * len(lengths)
         ids_BT = _padded([torch.tensor([*ids, self.tokenizer.eos_token_id]) for ids in texts]).to(self.device)
         embeddings_BTD = embed(ids_BT)
         if any(memories):
@@ -374,7 +375,7 @@ class SoftCompressor(nn.Module):
             self.ratio_head(hidden_BTD[rows_B, ends_B].to(self.ratio_head.weight.dtype)).squeeze(-1).float()
         )
         return self._features(
-            hidden_BTD, embeddings_BTD.float(), places_T, lengths, ends_B, ratio, last
+            hidden_BTD, embeddings_BTD.float(), places_T, ends_B, ratios, counts, last
         ), log2_B
 
     def _features(
@@ -382,23 +383,23 @@ class SoftCompressor(nn.Module):
         hidden_BTD: Tensor,
         embeddings_BTD: Tensor,
         places_T: Tensor,
-        lengths: Sequence[int],
         ends_B: Tensor,
-        ratio: int,
+        ratios: Sequence[int],
+        counts: Sequence[int],
         last_piece: Sequence[bool] | None,
     ) -> Features:
         if self.config.features == "mean_pool":
-            closed_B = torch.tensor(last_piece or [True] * len(lengths), device=self.device)
+            closed_B = torch.tensor(last_piece or [True] * len(ratios), device=self.device)
             stops_B = ends_B + (closed_B & self.config.pool_end_token)
             counts_BT = (places_T < stops_B[:, None]).float()
             if self.config.window_alignment == "start":
-                return self.pooled(Features(hidden_BTD, embeddings_BTD, counts_BT), ratio)
+                return self._each_pooled(Features(hidden_BTD, embeddings_BTD, counts_BT), ratios)
             # Windows that end with the text know no padding, so each text is pooled alone.
             rows = [
                 self.pooled(
                     Features(hidden_BTD[row, :stop], embeddings_BTD[row, :stop], counts_BT[row, :stop]), ratio
                 )
-                for row, stop in enumerate(stops_B.tolist())
+                for row, (stop, ratio) in enumerate(zip(stops_B.tolist(), ratios, strict=True))
             ]
             return Features(
                 _padded([row.states_BMD for row in rows]),
@@ -406,7 +407,6 @@ class SoftCompressor(nn.Module):
                 _padded([row.counts_BM for row in rows]),
             )
         # The last M states: of the text, or of the learned tokens that stand between text and end token.
-        counts = [windows(length, ratio) for length in lengths]
         ends = ends_B.tolist()
 
         def last(states_BTD: Tensor) -> Tensor:
@@ -416,6 +416,33 @@ class SoftCompressor(nn.Module):
             last(hidden_BTD),
             last(embeddings_BTD),
             _padded([torch.ones(m, device=self.device) for m in counts]),
+        )
+
+    def _each_pooled(self, features: Features, ratios: Sequence[int]) -> Features:
+        """Token features with every row pooled to its own ratio, padded to the most windows."""
+        finest = self.config.ratio_set[0]
+        features = self.pooled(features, finest)
+        kinds = sorted(set(ratios))
+        if kinds == [finest]:
+            return features
+        places = [[row for row, own in enumerate(ratios) if own == ratio] for ratio in kinds]
+        order_B = torch.tensor([row for rows in places for row in rows], device=self.device)
+        parts = []
+        for ratio, rows_B in zip(kinds, order_B.split(list(map(len, places))), strict=True):
+            own = (features.states_BMD, features.embeddings_BMD, features.counts_BM)
+            parts.append(self.pooled(Features(*(part[rows_B] for part in own)), ratio // finest))
+        width = max(part.counts_BM.shape[1] for part in parts)
+        back_B = order_B.argsort()
+
+        def joined(rows: Sequence[Tensor]) -> Tensor:
+            # Part by part, not row by row: a GPU waits for every operation that is asked for.
+            sides = [(0, 0) * (part.dim() - 2) + (0, width - part.shape[1]) for part in rows]
+            return torch.cat([nn.functional.pad(*each) for each in zip(rows, sides, strict=True)])[back_B]
+
+        return Features(
+            joined([part.states_BMD for part in parts]),
+            joined([part.embeddings_BMD for part in parts]),
+            joined([part.counts_BM for part in parts]),
         )
 
     def _mask(self, places_T: Tensor, ends_B: Tensor) -> Tensor:

@@ -1,8 +1,8 @@
 """Files -> samples -> batches, without state: batch number n of a run is a function of the seed and n.
 
 So a run that is taken up again sees what it would have seen, and two processes together see what one would
-see with twice the accumulation. All batches of an optimizer step have one objective and one ratio, and texts
-cut for them one length, on however many processes and passes it is spread: so processes hardly wait for each
+see with twice the accumulation. All batches of an optimizer step have one objective, one ratio and one length
+of texts and chunks, on however many processes and passes it is spread: so processes hardly wait for each
 other.
 """
 
@@ -17,7 +17,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from ctxcompress.backbone import Backbone, Encoding, Ids
 from ctxcompress.chunking import chunked
@@ -33,7 +33,7 @@ from ctxcompress.prompt import (
 )
 from ctxcompress.train.recipe import Recipe
 
-CANDIDATES = 4  # a batch of questions is cut from this many times its size, sorted by length
+CANDIDATES = 4  # a batch of questions is cut from this many times its size, sorted by characters
 ATTEMPTS = 100  # records tried for one sample before the data is called unsuitable
 QUOTED, RECALLED = 8, 24  # tokens of a passage that recall shows, and tokens after them that it asks for
 FOUND = 3  # ratios drawn for a chunk of the gold document, of which it gets the finest: allocators favour it
@@ -90,6 +90,14 @@ class Batch:
         return [chunks for sample in self.samples for chunks in sample.chunks or whole((sample,), self.ratio)]
 
 
+class _Question(NamedTuple):
+    """A question that was drawn, and the documents it will be asked about."""
+
+    record: dict[str, Any]
+    documents: tuple[str, ...]
+    gold: Sequence[str]
+
+
 def whole(samples: Sequence[Sample], ratio: int) -> list[Sequence[Chunk]]:
     """Every document of samples as one chunk."""
     return [((document, ratio),) for sample in samples for document in sample.documents]
@@ -118,10 +126,14 @@ class Samples:
         draw = random.Random(f"{recipe.seed} batch {number}")
         if objective == "answer":
             ratio = 0 if step.random() < recipe.mixed else ratio
-            candidates = [self._question(draw, ratio) for _ in range(CANDIDATES * recipe.batch_size)]
-            candidates.sort(key=lambda sample: sum(map(len, sample.documents)))
+            size = _drawn(step, recipe.chunk_tokens)
+            candidates = [self._drawn_question(draw) for _ in range(CANDIDATES * recipe.batch_size)]
+            candidates.sort(key=lambda question: sum(map(len, question.documents)))
             first = draw.randrange(len(candidates) - recipe.batch_size + 1)
-            samples = candidates[first : first + recipe.batch_size]
+            samples = [
+                self._question(draw, question, ratio, size)
+                for question in candidates[first : first + recipe.batch_size]
+            ]
         else:
             # One length for all, drawn evenly in its logarithm: hardly any padding.
             shortest, longest = recipe.tokens
@@ -170,48 +182,55 @@ class Samples:
             f"no text of {wanted} tokens in {ATTEMPTS} draws from {self._recipe.texts}; lower tokens"
         )
 
-    def _question(self, draw: random.Random, ratio: int) -> Sample:
-        recipe = self._recipe
+    def _drawn_question(self, draw: random.Random) -> _Question:
         for _ in range(ATTEMPTS):
             record = draw.choice(self._questions)
             gold = [document for document in record["documents"] if document.get("is_gold")]
-            if not record["answers"] or not gold:
-                continue
-            documents = [_shown(document) for document in gold]
-            known = {*documents}
-            others = self._others(record, gold)
-            count = draw.randint(*recipe.documents)
-            documents += draw.sample(others, min(max(count - len(documents), 0), len(others)))
-            draw.shuffle(documents)
-            encodings = [self._backbone.encode(document) for document in documents]
-            if max(len(encoding.ids) for encoding in encodings) <= recipe.longest_document:
+            if record["answers"] and gold:
                 break
         else:
             raise InputError(
-                "no question with answers, a document marked is_gold, and documents of at most "
-                f"{recipe.longest_document} tokens in {ATTEMPTS} draws from {recipe.questions}; complete the "
-                "records, or raise longest_document"
+                f"no question with answers and a document marked is_gold in {ATTEMPTS} draws from "
+                f"{self._recipe.questions}; complete the records"
             )
+        documents = [_shown(document) for document in gold]
+        others = self._others(record, gold)
+        missing = draw.randint(*self._recipe.documents) - len(documents)
+        documents += draw.sample(others, min(max(missing, 0), len(others)))
+        draw.shuffle(documents)
+        return _Question(record, tuple(documents), [_shown(document) for document in gold])
+
+    def _question(self, draw: random.Random, question: _Question, ratio: int, size: int) -> Sample:
+        for _ in range(ATTEMPTS):
+            encodings = [self._backbone.encode(document) for document in question.documents]
+            if max(len(encoding.ids) for encoding in encodings) <= self._recipe.longest_document:
+                break
+            question = self._drawn_question(draw)
+        else:
+            raise InputError(
+                f"no question whose documents have at most {self._recipe.longest_document} tokens in "
+                f"{ATTEMPTS} draws from {self._recipe.questions}; raise longest_document"
+            )
+        record, documents, known = question
         asked = [(record["question"], self._answer(draw, record))]
-        siblings = [other for other in self._by_gold[_shown(gold[0])] if other is not record]
-        for other in draw.sample(siblings, min(recipe.questions_per_sample - 1, len(siblings))):
+        siblings = [other for other in self._by_gold[known[0]] if other is not record]
+        for other in draw.sample(siblings, min(self._recipe.questions_per_sample - 1, len(siblings))):
             asked.append((other["question"], self._answer(draw, other)))
         golden = tuple(place for place, text in enumerate(documents) if text in known)
         sample = self._conversation([encoding.ids for encoding in encodings], asked, golden)
-        if not recipe.chunk_tokens and ratio:
+        if ratio and not size:
             return sample
         chunks = tuple(
-            tuple(self._chunks(draw, text, encoding, ratio, FOUND if text in known else 1))
+            tuple(self._chunks(draw, text, encoding, ratio, size, FOUND if text in known else 1))
             for text, encoding in zip(documents, encodings, strict=True)
         )
         return dataclasses.replace(sample, chunks=chunks)
 
     def _chunks(
-        self, draw: random.Random, text: str, encoding: Encoding, ratio: int, draws: int
+        self, draw: random.Random, text: str, encoding: Encoding, ratio: int, size: int, draws: int
     ) -> Iterator[Chunk]:
         """A document cut as `compress` cuts it; at ratio 0 each chunk has the finest of its draws."""
-        size = self._recipe.chunk_tokens or max(len(encoding.ids), 1)
-        for chunk in chunked(text, encoding.ids, encoding.spans, size):
+        for chunk in chunked(text, encoding.ids, encoding.spans, size or max(len(encoding.ids), 1)):
             yield chunk.ids, ratio or min(_drawn(draw, self._recipe.ratios) for _ in range(draws))
 
     def _conversation(

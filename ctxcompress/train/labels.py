@@ -196,7 +196,6 @@ def end_states(compressor: SoftCompressor, texts: Sequence[Sequence[int]], batch
 
     The head is linear: its prediction of the mean is the mean of the predictions `encode` takes.
     """
-    ratios = compressor.config.ratio_set
     pieces = [(text, piece) for text, ids in enumerate(texts) for piece in compressor.pieces(len(ids))]
     sums_ND = torch.zeros(len(texts), compressor.ratio_head.in_features, dtype=torch.float64)
     seen: list[Tensor] = []
@@ -205,7 +204,8 @@ def end_states(compressor: SoftCompressor, texts: Sequence[Sequence[int]], batch
         lengths = [stop - start for _, (start, stop) in pieces]
         for places in _batches(lengths, batch_size):
             batch = [pieces[place] for place in places]
-            compressor.read([texts[text][start:stop] for text, (start, stop) in batch], ratios[0])
+            ids = [texts[text][start:stop] for text, (start, stop) in batch]
+            compressor.read(ids, [compressor.config.ratio_set[0]] * len(ids))
             rows = torch.tensor([text for text, _ in batch])
             sums_ND.index_add_(0, rows, seen.pop().to("cpu", torch.float64))
     finally:

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ctxcompress.attention import TrainedMass
-from ctxcompress.backbone import Ids
 from ctxcompress.soft import SoftCompressor
 from ctxcompress.train.data import Batch, Chunk, Sample, Slot, whole
 from ctxcompress.types import Span
@@ -80,11 +79,13 @@ class Objective(nn.Module):
         size = self.compressor.size
         chunks = [chunk for document in documents for chunk in document]
         parts: list[Tensor] = []
-        starts: dict[int, int] = {}  # of each chunk, in all parts together
+        starts: dict[int, int] = {}  # of each chunk, in both parts together
         end = 0
-        for ratio in sorted({ratio for _, ratio in chunks}):
-            places = [place for place, (_, own) in enumerate(chunks) if own == ratio]
-            rows_BMD = self._rows([chunks[place][0] for place in places], ratio)
+        for make, raw in ((self._embedded, True), (self._softened, False)):
+            places = [place for place, (_, ratio) in enumerate(chunks) if (ratio == 1) == raw]
+            if not places:
+                continue
+            rows_BMD = make([chunks[place] for place in places])
             for row, place in enumerate(places):
                 starts[place] = end + row * rows_BMD.shape[1]
             parts.append(rows_BMD.flatten(0, 1))
@@ -95,13 +96,15 @@ class Objective(nn.Module):
         sizes = [sum(size(len(ids), ratio) for ids, ratio in document) for document in documents]
         return torch.cat(parts).index_select(0, kept_M.to(parts[0].device)), sizes
 
-    def _rows(self, texts: Sequence[Ids], ratio: int) -> Tensor:
-        """(B, M, D) soft tokens of texts, at ratio 1 embeddings of their tokens, padded on the right."""
-        if ratio > 1:
-            features, _ = self.compressor.read(texts, ratio)
-            soft_BMD: Tensor = self.compressor.converter(features)
-            return soft_BMD
-        tokens = [torch.tensor(ids, dtype=torch.long) for ids in texts]
+    def _softened(self, chunks: Sequence[Chunk]) -> Tensor:
+        """(B, M, D) soft tokens of chunks, padded on the right."""
+        features, _ = self.compressor.read([ids for ids, _ in chunks], [ratio for _, ratio in chunks])
+        soft_BMD: Tensor = self.compressor.converter(features)
+        return soft_BMD
+
+    def _embedded(self, chunks: Sequence[Chunk]) -> Tensor:
+        """(B, M, D) input embeddings of raw chunks, padded on the right."""
+        tokens = [torch.tensor(ids, dtype=torch.long) for ids, _ in chunks]
         ids_BM = nn.utils.rnn.pad_sequence(tokens, batch_first=True)
         embeds_BMD: Tensor = self.compressor.encoder.embed_tokens(ids_BM.to(self.compressor.device))
         return embeds_BMD

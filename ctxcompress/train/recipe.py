@@ -25,7 +25,6 @@ _WHOLE = {
     "save_every": 1,
     "longest_document": 1,
     "questions_per_sample": 1,
-    "chunk_tokens": 0,
     "warmup": 0,
     "workers": 0,
 }
@@ -52,8 +51,8 @@ class Recipe:
         documents: fewest and most documents of a question, whose others come from the same title, and of
             recall, whose others are other texts.
         longest_document: documents with more tokens are left out.
-        chunk_tokens: most tokens of a chunk of a question's documents, each of which is encoded alone; 0
-            leaves documents whole.
+        chunk_tokens: weights of the sizes, in tokens, that a question's documents are cut to, chunks being
+            encoded alone; each batch draws one; 0 leaves documents whole.
         questions_per_sample: most questions, of answers or recall, asked in turn about one set of documents,
             which is encoded once.
         distillation: weight of KL(decoder reading raw text || decoder reading soft tokens) beside the
@@ -89,7 +88,7 @@ class Recipe:
     tokens: tuple[int, int] = (16, 48)
     documents: tuple[int, int] = (1, 1)
     longest_document: int = 400
-    chunk_tokens: int = 0
+    chunk_tokens: dict[int, float] = field(default_factory=lambda: {0: 1.0})
     questions_per_sample: int = 1
     distillation: float = 0.0
     attention: float = 0.0
@@ -148,6 +147,9 @@ class Recipe:
             )
         _check_weights("objectives", self.objectives)
         _check_weights("ratios", self.ratios)
+        _check_weights("chunk_tokens", self.chunk_tokens)
+        if min(self.chunk_tokens) < 0:
+            raise ConfigError(f"chunk_tokens must be whole numbers >= 0, got {sorted(self.chunk_tokens)}")
         for objective, name in _NEEDS.items():
             if self.objectives.get(objective) and not getattr(self, name):
                 raise ConfigError(
@@ -172,12 +174,13 @@ class Recipe:
                 "ratio 1 (raw text) trains only the decoder's adapter, got decoder_rank 0; remove ratio 1, "
                 "or raise decoder_rank"
             )
-        together = "chunk_tokens" if self.chunk_tokens else "longest_document"
+        sizes = {size for size, weight in self.chunk_tokens.items() if weight}
         for objective, name, longest in (
             ("reconstruction", "tokens", self.tokens[1]),
             ("continuation", "tokens", self.tokens[1]),
             ("recall", "tokens", self.tokens[1]),
-            ("answer", together, getattr(self, together)),
+            ("answer", "chunk_tokens", max(sizes)),
+            ("answer", "longest_document", 0 if min(sizes) else self.longest_document),
         ):
             if self.objectives.get(objective) and longest > compressor.window:
                 raise ConfigError(
@@ -224,10 +227,12 @@ def _settings(content: dict[str, Any], folder: Path) -> dict[str, Any]:
             content[name] = str(folder / content[name])
     if "base" in content and (folder / content["base"]).is_dir():
         content["base"] = str(folder / content["base"])
-    if "ratios" in content:
-        if not all(ratio.isdecimal() for ratio in content["ratios"]):
-            raise ConfigError(f"ratios must be whole numbers with weights, got {content['ratios']}")
-        content["ratios"] = {int(ratio): weight for ratio, weight in content["ratios"].items()}
+    for name in {"ratios", "chunk_tokens"} & content.keys():
+        if not isinstance(content[name], dict) or not all(key.isdecimal() for key in content[name]):
+            raise ConfigError(
+                f'{name} must be whole numbers with weights, such as {{ "64" = 1.0 }}, got {content[name]}'
+            )
+        content[name] = {int(key): weight for key, weight in content[name].items()}
     content["compressor"] = SoftConfig.from_dict(content.get("compressor", {}))
     return _tuples(content)
 

@@ -77,7 +77,9 @@ def test_losses_and_gradients_are_the_same(objective: Objective, ratio: int) -> 
     for name, gradient in gradients.items():
         # Raw text passes by the encoder, which then has no gradient; of zeros would still move it.
         assert (gradient is None) == (few_gradients[name] is None), name
-        torch.testing.assert_close(few_gradients[name], gradient, atol=1e-5, rtol=1e-4, msg=name)
+        # Sums of large terms: their rounding, which differs between processors, is a part of the largest.
+        size = float(gradient.abs().max()) if gradient is not None else 1.0
+        torch.testing.assert_close(few_gradients[name], gradient, atol=1e-4 * size, rtol=1e-4, msg=name)
 
 
 def test_everything_is_as_before_afterwards(objective: Objective) -> None:

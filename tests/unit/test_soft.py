@@ -59,7 +59,7 @@ def same(one: EncodedText, other: EncodedText) -> None:
 
 def first_state(compressor: SoftCompressor, ids: list[int]) -> Tensor:
     with torch.no_grad():
-        return compressor.read([ids], compressor.config.ratio_set[0])[0].states_BMD[0, 0]
+        return compressor.read([ids], compressor.config.ratio_set[:1])[0].states_BMD[0, 0]
 
 
 # ------------------------------------------------------------------------------------------- encoding
@@ -85,6 +85,27 @@ def test_a_batch_is_its_texts_one_by_one(
         same(together, compressor.encode([ids], ratio)[0])
         assert together.tokens == len(ids)
         assert (together.features.counts_BM > 0).all()
+
+
+@all_features
+@pytest.mark.parametrize("alignment", ["start", "end"])
+def test_texts_of_one_pass_have_ratios_of_their_own(
+    backbone: Backbone, features: str, alignment: str
+) -> None:
+    compressor = made(backbone, features=features, window_alignment=alignment)
+    texts, ratios = [text_of(20), text_of(9), text_of(31), text_of(1), text_of(30)], [8, 2, 4, 2, 8]
+    found, log2_B = compressor.read(texts, ratios)
+    for row, (ids, ratio) in enumerate(zip(texts, ratios, strict=True)):
+        alone, log2_1 = compressor.read([ids], [ratio])
+        count = windows(len(ids), ratio)
+        assert found.counts_BM[row, :count].tolist() == alone.counts_BM[0].tolist()
+        assert found.counts_BM[row, count:].sum() == 0
+        for together, own in (
+            (found.states_BMD, alone.states_BMD),
+            (found.embeddings_BMD, alone.embeddings_BMD),
+        ):
+            torch.testing.assert_close(together[row, :count], own[0], **CLOSE)
+        torch.testing.assert_close(log2_B[row], log2_1[0], **CLOSE)
 
 
 @all_features
@@ -316,7 +337,7 @@ def test_gradients_reach_everything_that_is_trained(
     backbone: Backbone, features: str, bidirectional: bool
 ) -> None:
     compressor = made(backbone, trainable=True, features=features, bidirectional=bidirectional)
-    found, log2_B = compressor.read([text_of(20), text_of(9)], 4)
+    found, log2_B = compressor.read([text_of(20), text_of(9)], [4, 4])
     soft_BMD = compressor.converter(found)
     loss = compressor.decoder_model(inputs_embeds=soft_BMD).logits.pow(2).mean() + log2_B.pow(2).mean()
     loss.backward()

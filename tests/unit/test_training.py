@@ -232,7 +232,7 @@ def test_others_are_of_the_gold_documents_title(
 
 def test_documents_are_cut_as_for_answers(settings: dict[str, Any], backbone: Backbone) -> None:
     whole_documents = only(settings, "answer", documents=(2, 3))
-    cut = dataclasses.replace(whole_documents, chunk_tokens=8)
+    cut = dataclasses.replace(whole_documents, chunk_tokens={8: 1.0})
     for number in range(6):
         plain, batch = (Samples(recipe, backbone).batch(number) for recipe in (whole_documents, cut))
         assert [sample.chunks for sample in plain.samples] == [()] * 3
@@ -245,8 +245,34 @@ def test_documents_are_cut_as_for_answers(settings: dict[str, Any], backbone: Ba
                 assert len(chunks) > 1
 
 
+def test_all_batches_of_a_step_are_cut_to_the_size_it_drew(
+    settings: dict[str, Any], backbone: Backbone
+) -> None:
+    recipe = only(settings, "answer", documents=(3, 3), chunk_tokens={0: 0.5, 8: 0.5}, accumulation=2)
+    samples = Samples(recipe, backbone)
+    cut = [all(sample.chunks for sample in samples.batch(number).samples) for number in range(60)]
+    assert cut[::2] == cut[1::2]
+    assert 6 < sum(cut[::2]) < 24
+
+
+def test_questions_with_long_documents_are_replaced(
+    settings: dict[str, Any], backbone: Backbone, tmp_path: Path
+) -> None:
+    long = question(1)
+    long["documents"] = [{"title": "Bat", "text": "Bats hang. " * 40, "is_gold": True}]
+    file = tmp_path / "long.jsonl"
+    file.write_text(f"{json.dumps(question(0))}\n{json.dumps(long)}", encoding="utf-8")
+    recipe = only(
+        settings, "answer", questions=(str(file),), documents=(1, 1), batch_size=20, longest_document=60
+    )
+    for number in range(3):
+        samples = Samples(recipe, backbone).batch(number).samples
+        assert len(samples) == 20
+        assert all(len(sample.documents[0]) <= 60 for sample in samples)
+
+
 def test_chunks_of_mixed_batches_draw_their_ratios(settings: dict[str, Any], backbone: Backbone) -> None:
-    recipe = only(settings, "answer", documents=(3, 3), chunk_tokens=8, mixed=0.5, batch_size=6)
+    recipe = only(settings, "answer", documents=(3, 3), chunk_tokens={8: 1.0}, mixed=0.5, batch_size=6)
     batches = [Samples(recipe, backbone).batch(number) for number in range(40)]
     assert 10 < sum(batch.ratio == 0 for batch in batches) < 30
     raw: dict[bool, list[bool]] = {True: [], False: []}
@@ -259,7 +285,7 @@ def test_chunks_of_mixed_batches_draw_their_ratios(settings: dict[str, Any], bac
     # A third of the draws is 1: 1/3 of the others' chunks stay raw, and 1 - (2/3)^3 of the gold documents'.
     assert sum(raw[False]) / len(raw[False]) == pytest.approx(1 / 3, abs=0.05)
     assert sum(raw[True]) / len(raw[True]) == pytest.approx(19 / 27, abs=0.05)
-    alone = Samples(dataclasses.replace(recipe, chunk_tokens=0, mixed=1.0), backbone).batch(0)
+    alone = Samples(dataclasses.replace(recipe, chunk_tokens={0: 1.0}, mixed=1.0), backbone).batch(0)
     assert {len(own) for own in alone.chunks} == {1}
     assert len({ratio for ((_, ratio),) in alone.chunks}) > 1
 
@@ -537,8 +563,9 @@ def test_learning_rate_by_hand(settings: dict[str, Any]) -> None:
         ({"weight_decay": math.nan}, "weight_decay must be >= 0"),
         ({"final_learning_rate": 2.0}, r"final_learning_rate must be in \[0, 1\]"),
         ({"mixed": 1.5}, r"mixed must be in \[0, 1\] \(a part of the batches of questions\), got 1.5"),
-        ({"chunk_tokens": -1}, "chunk_tokens must be a whole number >= 0"),
-        ({"chunk_tokens": 65}, "lower chunk_tokens"),
+        ({"chunk_tokens": {-1: 1.0}}, r"chunk_tokens must be whole numbers >= 0, got \[-1\]"),
+        ({"chunk_tokens": {8: 0.0}}, "chunk_tokens must have"),
+        ({"chunk_tokens": {8: 1.0, 65: 1.0}}, "lower chunk_tokens"),
         ({"betas": (0.9,)}, "betas must be two numbers"),
         ({"betas": (0.9, 1.0)}, r"betas must be two numbers in \[0, 1\)"),
         ({"tokens": (9, 3)}, r"tokens must be \[fewest, most\]"),
