@@ -19,7 +19,7 @@ from ctxcompress.errors import MissingExtraError, ModelError
 EMBEDDED = "embedded"
 EMBEDDED_HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 EMBEDDER_HUB_ID = "sentence-transformers/all-MiniLM-L6-v2"
-CACHE_LAYOUT = 1  # raise it when what is written to the cache changes
+CACHE_LAYOUT = 2  # raise it when what is written to the cache changes
 
 
 def resolve_model(name: str) -> str:
@@ -106,6 +106,9 @@ def _write_dequantised(gguf_file: Path, folder: Path) -> None:
         model = AutoModelForCausalLM.from_pretrained(
             source, gguf_file=file_name, dtype=torch.bfloat16, quantization_config=GgufConfig(dequantize=True)
         )
+        # Some versions of transformers (5.17) take another token of the file for the end of a turn.
+        tokenizer.eos_token = tokenizer.convert_ids_to_tokens(model.config.eos_token_id)
+        tokenizer.pad_token = tokenizer.convert_ids_to_tokens(model.config.pad_token_id)
         model.save_pretrained(unfinished)
         tokenizer.save_pretrained(unfinished)
         _publish(unfinished, folder)

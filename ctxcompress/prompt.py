@@ -103,17 +103,21 @@ def turns_prompt(backbone: Backbone, turns: Sequence[Turn[Soft]]) -> list[Ids | 
     return _merged(segments)
 
 
-def follow_up(backbone: Backbone, content: str) -> Ids | None:
+def follow_up(backbone: Backbone, content: str) -> Ids:
     """Token ids between the end of an answer and the next one: the user asks `content`.
 
-    None if the template does not end answers with the end-of-text token, or there is no template.
+    Raises:
+        InputError: there is no chat template, or it does not end answers with the end-of-text token.
     """
     tokenizer = backbone.tokenizer
-    if not tokenizer.chat_template:
-        return None
-    _, _, head, tail = _around(backbone, ["user", "assistant", "user"])
+    turns = ["user", "assistant", "user"]
+    _, _, head, tail = _around(backbone, turns) if tokenizer.chat_template else [()] * 4
     if head[:1] != (tokenizer.eos_token_id,):
-        return None
+        raise InputError(
+            f"the chat template of {backbone.name} must end answers with the tokenizer's eos_token "
+            f"{tokenizer.eos_token!r} to ask again, got {tokenizer.decode(head[:1])!r}; correct the "
+            "tokenizer, or set questions_per_sample to 1"
+        )
     return (*head[1:], *backbone.encode(content).ids, *tail)
 
 

@@ -236,7 +236,7 @@ class Samples:
     def _conversation(
         self, documents: Sequence[Ids], asked: Sequence[tuple[str, Ids]], gold: tuple[int, ...]
     ) -> Sample:
-        """Questions and answers in turn; only the first of them if the template cannot go on."""
+        """Questions and answers in turn."""
         slots = [[Slot(place)] for place in range(len(documents))]
         (question, answer), *others = asked
         turns: list[tuple[tuple[Ids | Slot, ...], Ids]] = [
@@ -244,8 +244,7 @@ class Samples:
         ]
         for question, answer in others:
             between = follow_up(self._backbone, NEXT_QUESTION.replace("{query}", question))
-            if between is not None:
-                turns.append(((between,), answer))
+            turns.append(((between,), answer))
         return Sample(tuple(documents), tuple(turns), gold if len(gold) < len(documents) else ())
 
     def _answer(self, draw: random.Random, record: dict[str, Any]) -> Ids:

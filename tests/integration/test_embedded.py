@@ -7,9 +7,11 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+import transformers
 
 from ctxcompress import DAC, Backbone, ContextCompressor, ModelError, checkpoint
 from ctxcompress import embedded as embedded_module
@@ -147,6 +149,21 @@ def test_interrupted_dequantising_leaves_nothing(tmp_path: Path, monkeypatch: py
     with pytest.raises(KeyboardInterrupt):
         resolve_model("embedded")
     assert list((tmp_path / "cache").iterdir()) == []
+
+
+@pytest.mark.usefixtures("embedded")
+def test_the_tokenizer_ends_turns_as_the_model_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    read = transformers.AutoTokenizer.from_pretrained
+
+    def misread(*arguments: Any, **settings: Any) -> Any:  # as transformers 5.17 does
+        tokenizer = read(*arguments, **settings)
+        tokenizer.eos_token, tokenizer.pad_token = "<|im_start|>", None
+        return tokenizer
+
+    monkeypatch.setenv("CTXCOMPRESS_CACHE", str(tmp_path))
+    monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", misread)
+    described = json.loads((Path(resolve_model("embedded")) / "tokenizer_config.json").read_text("utf-8"))
+    assert (described["eos_token"], described["pad_token"]) == ("<|im_end|>", "<|im_end|>")
 
 
 def test_without_package_or_hub_the_error_names_both_remedies(monkeypatch: pytest.MonkeyPatch) -> None:

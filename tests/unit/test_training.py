@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 import lzma
@@ -189,6 +190,19 @@ def test_more_questions_follow_about_the_same_document(
         assert last == (*backbone.encode(f"{name}!").ids, ids("<|end|>"))
         assert f"Question: {name}?" not in backbone.tokenizer.decode(prompt[-1])
         assert target[-1] == ids("<|end|>")
+
+
+@pytest.mark.parametrize(("name", "value"), [("eos_token", "<|user|>"), ("chat_template", None)])
+def test_a_template_that_ends_answers_otherwise_is_refused(
+    settings: dict[str, Any], backbone: Backbone, name: str, value: str | None
+) -> None:
+    tokenizer = copy.deepcopy(backbone.tokenizer)
+    setattr(tokenizer, name, value)
+    other = Backbone(backbone.model, tokenizer, name="other", window=backbone.window)
+    recipe = only(settings, "recall", tokens=(16, 16), questions_per_sample=2)
+    with pytest.raises(InputError, match=r"template of other .*, or set questions_per_sample to 1"):
+        Samples(recipe, other).batch(0)
+    Samples(dataclasses.replace(recipe, questions_per_sample=1), other).batch(0)
 
 
 def test_other_documents_hold_no_answer_and_gold_moves(settings: dict[str, Any], backbone: Backbone) -> None:
