@@ -403,9 +403,14 @@ async def test_the_event_loop_is_free_while_a_prompt_is_made(
 
 @pytest.fixture
 def steps(wide: ContextCompressor) -> Any:
-    """How many tokens the decoder has computed: a list that grows."""
+    """How many tokens the decoder has computed: a list that grows. No answer ends by itself."""
     done: list[None] = []
-    hook = wide.soft.decoder.model.register_forward_hook(lambda *_: done.append(None))
+
+    def step(_: Any, __: Any, output: Any) -> None:
+        output.logits[..., wide.backbone.tokenizer.eos_token_id] = -torch.inf
+        done.append(None)
+
+    hook = wide.soft.decoder.model.register_forward_hook(step)
     yield done
     hook.remove()
 
