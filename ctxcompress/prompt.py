@@ -28,6 +28,7 @@ QUESTION_ABOUT = ("Context:\n", "\n\n" + NEXT_QUESTION)
 REPEAT = "\n\nRepeat the text above."
 CONTINUE = "\n\nContinue the text above."
 RECALL = 'What follows "{quote}"?'
+CLOZE = 'What is missing in "{quote}"?'
 BETWEEN = "\n\n"
 
 

@@ -9,13 +9,14 @@ other.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import lzma
 import random
+import re
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,6 +24,7 @@ from ctxcompress.backbone import Backbone, Encoding, Ids
 from ctxcompress.chunking import chunked
 from ctxcompress.errors import InputError
 from ctxcompress.prompt import (
+    CLOZE,
     CONTINUE,
     NEXT_QUESTION,
     RECALL,
@@ -32,12 +34,17 @@ from ctxcompress.prompt import (
     question_prompt,
 )
 from ctxcompress.train.recipe import Recipe
+from ctxcompress.types import Span
 
 CANDIDATES = 4  # a batch of questions is cut from this many times its size, sorted by characters
 ATTEMPTS = 100  # records tried for one sample before the data is called unsuitable
 QUOTED, RECALLED = 8, 24  # tokens of a passage that recall shows, and tokens after them that it asks for
+AROUND, KEPT = 8, 0.7  # words on either side of what cloze leaves out, and the part of them it shows
+GAP = "____"
 FOUND = 3  # ratios drawn for a chunk of the gold document, of which it gets the finest: allocators favour it
 _QUESTION = ("question", "answers", "documents")
+_WORD = re.compile(r"\w(?:[\w'’.,-]*\w)?")
+_BEFORE_SENTENCES = ("", "\n", ".", "!", "?", ":")
 
 Chunk = tuple[Ids, int]
 """Token ids that are encoded alone, and their ratio; at 1 they stay raw."""
@@ -138,7 +145,12 @@ class Samples:
             # One length for all, drawn evenly in its logarithm: hardly any padding.
             shortest, longest = recipe.tokens
             tokens = round(shortest * (longest / shortest) ** step.random())
-            make = {"reconstruction": self._repeat, "continuation": self._go_on, "recall": self._recall}
+            make = {
+                "reconstruction": self._repeat,
+                "continuation": self._go_on,
+                "recall": functools.partial(self._asked, self._recall),
+                "cloze": functools.partial(self._asked, self._cloze),
+            }
             samples = [make[objective](draw, tokens) for _ in range(recipe.batch_size)]
         return Batch(objective, ratio, tuple(samples))
 
@@ -155,19 +167,39 @@ class Samples:
         ids = self._text(draw, 2 * tokens)
         return self._sample([ids[:tokens]], [Slot(0), CONTINUE], ids[tokens:])
 
-    def _recall(self, draw: random.Random, tokens: int) -> Sample:
-        """Questions for what follows a quote: as answers are, it is found by content, not by its place."""
+    def _asked(
+        self, ask: Callable[[random.Random, Ids], list[tuple[str, Ids]]], draw: random.Random, tokens: int
+    ) -> Sample:
+        """Questions about one of several texts: as answers are, theirs are found by content, not by place."""
         ids = [self._text(draw, tokens) for _ in range(draw.randint(*self._recipe.documents))]
         gold = draw.randrange(len(ids))
-        quoted, recalled = min(QUOTED, tokens // 4), min(RECALLED, tokens // 2)
+        return self._conversation(ids, ask(draw, ids[gold]), (gold,))
+
+    def _recall(self, draw: random.Random, ids: Ids) -> list[tuple[str, Ids]]:
+        """What follows a quote?"""
+        quoted, recalled = min(QUOTED, len(ids) // 4), min(RECALLED, len(ids) // 2)
         asked = []
         for _ in range(self._recipe.questions_per_sample):
-            start = draw.randrange(tokens - quoted - recalled + 1)
+            start = draw.randrange(len(ids) - quoted - recalled + 1)
             stop = start + quoted
-            quote = self._backbone.tokenizer.decode(ids[gold][start:stop])
-            answer = (*ids[gold][stop : stop + recalled], *self._end)
+            quote = self._backbone.tokenizer.decode(ids[start:stop])
+            answer = (*ids[stop : stop + recalled], *self._end)
             asked.append((RECALL.replace("{quote}", quote), answer))
-        return self._conversation(ids, asked, (gold,))
+        return asked
+
+    def _cloze(self, draw: random.Random, ids: Ids) -> list[tuple[str, Ids]]:
+        """Which name or number belongs between some of the words around it? Nearly what people ask."""
+        text = self._backbone.tokenizer.decode(ids)
+        names = _names(text)
+        asked = []
+        for start, stop in draw.sample(names, min(self._recipe.questions_per_sample, len(names))):
+            before, after = text[:start].split()[-AROUND:], text[stop:].split()[:AROUND]
+            words = [word if draw.random() < KEPT else "" for word in (*before, *after)]
+            words.insert(len(before), GAP)
+            quote = " ".join(filter(None, words))
+            answer = (*self._backbone.encode(text[start:stop]).ids, *self._end)
+            asked.append((CLOZE.replace("{quote}", quote), answer))
+        return asked
 
     def _text(self, draw: random.Random, wanted: int) -> Ids:
         for _ in range(ATTEMPTS):
@@ -265,15 +297,15 @@ class Samples:
             if text not in known and not any(answer in text.casefold() for answer in answers)
         ]
 
-    @cached_property
+    @functools.cached_property
     def _texts(self) -> list[str]:
         return [record["text"] for file in self._recipe.texts for record in read_lines(file, "text")]
 
-    @cached_property
+    @functools.cached_property
     def _questions(self) -> list[dict[str, Any]]:
         return [record for file in self._recipe.questions for record in read_lines(file, *_QUESTION)]
 
-    @cached_property
+    @functools.cached_property
     def _by_gold(self) -> dict[str, list[dict[str, Any]]]:
         """Questions that have an answer, by the text of their first gold document."""
         by_gold: dict[str, list[dict[str, Any]]] = defaultdict(list)
@@ -283,7 +315,7 @@ class Samples:
                 by_gold[_shown(gold[0])].append(record)
         return by_gold
 
-    @cached_property
+    @functools.cached_property
     def _by_title(self) -> dict[str, list[str]]:
         by_title: dict[str, dict[str, None]] = defaultdict(dict)
         for record in self._questions:
@@ -330,6 +362,21 @@ def _shown(document: dict[str, Any]) -> str:
     """A document as `ctxcompress evaluate` shows it: its title above its text."""
     title = document.get("title", "")
     return f"{title}\n{document['text']}" if title else document["text"]
+
+
+def _names(text: str) -> list[Span]:
+    """Where runs of capitalised words and numbers are that begin no sentence; failing them, all words."""
+    words = [word.span() for word in _WORD.finditer(text)]
+    names: list[Span] = []
+    for start, stop in words:
+        begins = text[:start].rstrip(' "“(')[-1:] in _BEFORE_SENTENCES
+        if begins or not (text[start].isupper() or text[start].isdigit()):
+            continue
+        if names and text[names[-1][1] : start] == " ":
+            names[-1] = (names[-1][0], stop)
+        else:
+            names.append((start, stop))
+    return names or words or [(0, len(text))]
 
 
 def _word_start(text: str, start: int) -> int:

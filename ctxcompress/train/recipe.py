@@ -15,8 +15,14 @@ from ctxcompress.config import SoftConfig, one_of
 from ctxcompress.embedded import EMBEDDED
 from ctxcompress.errors import ConfigError, InputError
 
-Objective = Literal["reconstruction", "continuation", "recall", "answer"]
-_NEEDS = {"reconstruction": "texts", "continuation": "texts", "recall": "texts", "answer": "questions"}
+Objective = Literal["reconstruction", "continuation", "recall", "cloze", "answer"]
+_NEEDS = {
+    "reconstruction": "texts",
+    "continuation": "texts",
+    "recall": "texts",
+    "cloze": "texts",
+    "answer": "questions",
+}
 # Whole numbers and the least each can be.
 _WHOLE = {
     "steps": 1,
@@ -39,22 +45,22 @@ class Recipe:
         base: model the adapters are for: "embedded", a local folder or a hub id.
         start: folder of adapters to go on from; "" starts fresh.
         compressor: what to build when starting fresh.
-        texts: files of texts, `{"text"}` a line, for reconstruction, continuation and recall.
+        texts: files of texts, `{"text"}` a line, for all objectives but answers.
         questions: files of questions with documents, for answers.
         objectives: weights of the objectives; each batch draws one. "reconstruction" repeats a text,
             "continuation" goes on after it, "recall" is asked what follows a few words in the middle of it,
-            "answer" answers questions.
+            "cloze" is asked for a name or number by some of the words around it, "answer" answers questions.
         ratios: weights of the compression ratios; each batch draws one; 1 is raw text.
         mixed: part of the batches of questions in which every chunk draws a ratio of its own, as allocators
             give them: raw text stands beside soft tokens of all ratios.
-        tokens: shortest and longest text of reconstruction, continuation and recall, in tokens.
+        tokens: shortest and longest text of all objectives but answers, in tokens.
         documents: fewest and most documents of a question, whose others come from the same title, and of
-            recall, whose others are other texts.
+            recall and cloze, whose others are other texts.
         longest_document: documents with more tokens are left out.
         chunk_tokens: weights of the sizes, in tokens, that a question's documents are cut to, chunks being
             encoded alone; each batch draws one; 0 leaves documents whole.
-        questions_per_sample: most questions, of answers or recall, asked in turn about one set of documents,
-            which is encoded once.
+        questions_per_sample: most questions, of answers, recall or cloze, asked in turn about one set of
+            documents, which is encoded once.
         distillation: weight of KL(decoder reading raw text || decoder reading soft tokens) beside the
             cross-entropy of answers and continuations.
         attention: weight of a loss that makes the base's retrieval heads look from the question to the gold
@@ -179,6 +185,7 @@ class Recipe:
             ("reconstruction", "tokens", self.tokens[1]),
             ("continuation", "tokens", self.tokens[1]),
             ("recall", "tokens", self.tokens[1]),
+            ("cloze", "tokens", self.tokens[1]),
             ("answer", "chunk_tokens", max(sizes)),
             ("answer", "longest_document", 0 if min(sizes) else self.longest_document),
         ):

@@ -21,7 +21,7 @@ from ctxcompress.chunking import chunked
 from ctxcompress.config import SoftConfig
 from ctxcompress.prompt import chat_prompt
 from ctxcompress.soft import SoftCompressor
-from ctxcompress.train.data import Batch, Chunk, Sample, Samples, Slot, read_lines, whole
+from ctxcompress.train.data import Batch, Chunk, Sample, Samples, Slot, _names, read_lines, whole
 from ctxcompress.train.loop import learning_rate
 from ctxcompress.train.losses import Objective
 from ctxcompress.train.recipe import Recipe
@@ -31,6 +31,7 @@ TEXTS = [
     "Photosynthesis turns light into chemical energy and chlorophyll absorbs blue light. " * 3,
 ]
 TITLED = [f"Owl number {number} hunts mice at night." for number in range(6)]
+OBJECTIVES = ("reconstruction", "continuation", "recall", "cloze", "answer")
 SOFT = SoftConfig(
     ratio_set=(2, 4), encoder_layers=2, converter_size=16, encoder_rank=2, decoder_rank=2, window=64
 )
@@ -61,7 +62,7 @@ def files(tmp_path: Path) -> tuple[str, str]:
 def settings(files: tuple[str, str], tmp_path: Path) -> dict[str, Any]:
     return {
         "output": str(tmp_path / "run"), "compressor": SOFT, "texts": (files[0],), "questions": (files[1],),
-        "objectives": {"reconstruction": 1.0, "continuation": 1.0, "recall": 1.0, "answer": 1.0},
+        "objectives": {name: 1.0 for name in OBJECTIVES},
         "ratios": {1: 1.0, 2: 1.0, 4: 1.0}, "tokens": (5, 20), "documents": (1, 4), "longest_document": 60,
         "batch_size": 3,
     }  # fmt: skip
@@ -88,7 +89,7 @@ def test_batches_are_a_function_of_seed_and_number(settings: dict[str, Any], bac
     again = Samples(Recipe(**settings), backbone)
     assert [again.batch(number) for number in reversed(range(40))] == forwards[::-1]
     assert Samples(Recipe(**settings, seed=1), backbone).batch(0) != forwards[0]
-    assert {batch.objective for batch in forwards} == {"reconstruction", "continuation", "recall", "answer"}
+    assert {batch.objective for batch in forwards} == {*OBJECTIVES}
     assert {batch.ratio for batch in forwards} == {1, 2, 4}
 
 
@@ -145,6 +146,58 @@ def test_recall_asks_what_follows_a_quote_of_one_document(
     assert len({sample.gold for sample in samples}) > 1
     (alone,) = Samples(only(settings, "recall", documents=(1, 1), batch_size=1), backbone).batch(0).samples
     assert alone.gold == ()
+
+
+def test_cloze_asks_for_names_by_words_around_them(
+    settings: dict[str, Any], backbone: Backbone, tmp_path: Path
+) -> None:
+    end = backbone.tokenizer.convert_tokens_to_ids("<|end|>")
+    # "The" begins a sentence and is no name; a name may have several words, a number separators.
+    told = "The ship of Ada King left Rome with 1,200 owls. The fox saw it from the Tiber."
+    around = {
+        "Ada King": ("The ship of", "left Rome with 1,200 owls. The fox saw"),
+        "Rome": ("The ship of Ada King left", "with 1,200 owls. The fox saw it from"),
+        "1,200": ("The ship of Ada King left Rome with", "owls. The fox saw it from the Tiber."),
+        "Tiber": ("1,200 owls. The fox saw it from the", "."),
+    }
+    file = tmp_path / "told.jsonl"
+    file.write_text(json.dumps({"text": told}), encoding="utf-8")
+    length = len(backbone.encode(told).ids)
+    recipe = only(
+        settings, "cloze", texts=(str(file),), tokens=(length, length), documents=(1, 1), batch_size=8,
+        questions_per_sample=3,
+    )  # fmt: skip
+    asked, shown = set(), 0
+    for sample in Samples(recipe, backbone).batch(0).samples:
+        assert len({target for _, target in sample.turns}) == 3
+        for prompt, target in sample.turns:
+            name = backbone.tokenizer.decode(target[:-1])
+            assert target[-1] == end
+            text = backbone.tokenizer.decode(prompt[-1])
+            before, after = text.split('missing in "')[1].split('"?')[0].split("____")
+            for words, known in zip((before, after), around[name], strict=True):
+                # Some of the words, in their order.
+                left = iter(known.split())
+                assert all(word in left for word in words.split())
+                shown += len(words.split())
+            asked.add(name)
+    assert asked == {*around}
+    mean = sum(len(" ".join(around[name]).split()) for name in around) / len(around)
+    assert 0.6 * mean < shown / 24 < 0.8 * mean
+
+
+@pytest.mark.parametrize(
+    ("text", "names"),
+    [
+        ("Owls hunt. They see at night in Rome", ["Rome"]),
+        ('"Ada said "Owls hunt" to him', ["Owls"]),
+        ("owls hunt at night", ["owls", "hunt", "at", "night"]),
+        ("U.S. troops saw O'Neil ski 3.5 km", ["O'Neil", "3.5"]),
+        ("🦉🦉", ["🦉🦉"]),
+    ],
+)
+def test_names_are_capitalised_or_numbers_within_a_sentence(text: str, names: list[str]) -> None:
+    assert [text[start:stop] for start, stop in _names(text)] == names
 
 
 def test_texts_of_a_batch_are_equally_long(settings: dict[str, Any], backbone: Backbone) -> None:
