@@ -4,7 +4,7 @@
     OUTPUT/metrics.jsonl      one line per step
     OUTPUT/checkpoint-N/      adapters in float32 and the optimizer's moments after N steps; the newest stays,
                               and another run may start from it
-    OUTPUT/adapter/           the adapters of the last step in the base's dtype, ready to be loaded
+    OUTPUT/adapter/           the adapters after the last step in the base's dtype, ready to be loaded
 
 Learning rate and samples are functions of the seed and the step, and nothing else is random, so adapters,
 moments and a step number are all that is needed to go on exactly, on as many processes as before.
@@ -103,6 +103,8 @@ def train(recipe: Recipe, progress: Progress | None = None) -> SoftCompressor:
                     _save(output, compressor, moments, step + 1, stages)
             if progress is not None:
                 progress("training", step + 1, recipe.steps)
+    if recipe.start_weight:
+        _mix_in(compressor, checkpoint.load(base, recipe.start, trainable=True), recipe.start_weight)
     compressor.finish()
     if accelerator.is_main_process:
         stages = [*_earlier(recipe), _stage(recipe, output, accelerator.num_processes)]
@@ -323,6 +325,13 @@ def _moments(optimizer: Any, trained: SoftCompressor) -> dict[str, Tensor]:
         if parameter in optimizer.state
         for key in ("exp_avg", "exp_avg_sq", "step")
     }
+
+
+@torch.no_grad()
+def _mix_in(compressor: SoftCompressor, start: SoftCompressor, weight: float) -> None:
+    """Weighted means of all trained values; those of adapters' two matrices are taken one by one."""
+    for (_, trained), (_, begun) in zip(compressor.trained(), start.trained(), strict=True):
+        trained.mul_(1 - weight).add_(begun, alpha=weight)
 
 
 def _restore(optimizer: Any, trained: SoftCompressor, moments: dict[str, Tensor]) -> None:

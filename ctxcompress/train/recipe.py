@@ -44,6 +44,8 @@ class Recipe:
         output: folder of the run: adapters, metrics, and what is needed to go on.
         base: model the adapters are for: "embedded", a local folder or a hub id.
         start: folder of adapters to go on from; "" starts fresh.
+        start_weight: part of `start` in the adapters at the end, whose other part is what was trained
+            (weight-space ensembling, Wortsman et al. 2022): what `start` could do and the run forgets is kept.
         compressor: what to build when starting fresh.
         texts: files of texts, `{"text"}` a line, for all objectives but answers.
         questions: files of questions with documents, for answers.
@@ -85,6 +87,7 @@ class Recipe:
     output: str
     base: str = EMBEDDED
     start: str = ""
+    start_weight: float = 0.0
     compressor: SoftConfig = field(default_factory=SoftConfig)
     texts: tuple[str, ...] = ()
     questions: tuple[str, ...] = ()
@@ -125,9 +128,17 @@ class Recipe:
                 raise ConfigError(
                     f"{name} must be >= 0 and finite, got {getattr(self, name)}; 0 turns it off"
                 )
-        for name, whole in (("final_learning_rate", "learning_rate"), ("mixed", "the batches of questions")):
+        for name, whole in (
+            ("final_learning_rate", "learning_rate"),
+            ("mixed", "the batches of questions"),
+            ("start_weight", "the adapters at the end"),
+        ):
             if not 0 <= getattr(self, name) <= 1:
                 raise ConfigError(f"{name} must be in [0, 1] (a part of {whole}), got {getattr(self, name)}")
+        if self.start_weight and not self.start:
+            raise ConfigError(
+                f"start_weight is a part of the adapters given as start, got {self.start_weight} without any; set start"
+            )
         self._check_pairs()
         self._check_objectives()
         if not self.start:

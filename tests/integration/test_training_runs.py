@@ -190,6 +190,21 @@ def test_start_goes_on_from_an_adapter(tiny_model: Path, tmp_path: Path) -> None
     assert described[0]["compressor"] == described[1]["compressor"]
 
 
+def test_a_part_of_the_start_is_kept(tiny_model: Path, tmp_path: Path) -> None:
+    train(Recipe.read(written(tmp_path / "first", tiny_model, steps=3)))
+    start = tmp_path / "first" / "run" / "adapter"
+    recipe = written(tmp_path / "second", tiny_model, start=str(start), steps=4, start_weight=0.25)
+    train(Recipe.read(recipe))
+    ends = tensors(tmp_path / "second")
+    begun = {name: value for name, value in tensors(tmp_path / "first").items() if name.startswith("adapter/")}
+    assert begun
+    for name, before in begun.items():
+        trained, after = ends[name.replace("adapter", "checkpoint-4", 1)].float(), ends[name].float()
+        wanted = 0.75 * trained + 0.25 * before.float()
+        # The adapter is written in bfloat16, whose numbers have eight bits.
+        assert torch.allclose(after, wanted, rtol=2**-8, atol=0)
+
+
 def test_start_and_recipe_must_fit(tiny_model: Path, tmp_path: Path) -> None:
     train(Recipe.read(written(tmp_path / "first", tiny_model, steps=1)))
     start = str(tmp_path / "first" / "run" / "adapter")
