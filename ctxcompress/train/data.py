@@ -43,7 +43,7 @@ AROUND, KEPT = 8, 0.7  # words on either side of what cloze leaves out, and the 
 GAP = "____"
 FOUND = 3  # ratios drawn for a chunk of the gold document, of which it gets the finest: allocators favour it
 _QUESTION = ("question", "answers", "documents")
-_WORD = re.compile(r"\w(?:[\w'’.,-]*\w)?")
+_WORD = re.compile(r"\w(?:[\w'\u2019.,-]*\w)?")
 _BEFORE_SENTENCES = ("", "\n", ".", "!", "?", ":")
 
 Chunk = tuple[Ids, int]
@@ -145,7 +145,7 @@ class Samples:
             # One length for all, drawn evenly in its logarithm: hardly any padding.
             shortest, longest = recipe.tokens
             tokens = round(shortest * (longest / shortest) ** step.random())
-            make = {
+            make: dict[str, Callable[[random.Random, int], Sample]] = {
                 "reconstruction": self._repeat,
                 "continuation": self._go_on,
                 "recall": functools.partial(self._asked, self._recall),

@@ -103,9 +103,7 @@ def train(recipe: Recipe, progress: Progress | None = None) -> SoftCompressor:
                     _save(output, compressor, moments, step + 1, stages)
             if progress is not None:
                 progress("training", step + 1, recipe.steps)
-    if recipe.start_weight:
-        _mix_in(compressor, checkpoint.load(base, recipe.start, trainable=True), recipe.start_weight)
-    compressor.finish()
+    _end(compressor, base, recipe)
     if accelerator.is_main_process:
         stages = [*_earlier(recipe), _stage(recipe, output, accelerator.num_processes)]
         native = compressor.encoder.embed_tokens.weight.dtype
@@ -277,6 +275,16 @@ def _begun(base: Backbone, recipe: Recipe, output: Path) -> tuple[SoftCompressor
     return compressor, {}, 0
 
 
+def _end(compressor: SoftCompressor, base: Backbone, recipe: Recipe) -> None:
+    """Mix the adapters of `start` in, value by value, if the recipe says so; then make ready for use."""
+    if recipe.start_weight:
+        start = checkpoint.load(base, recipe.start, trainable=True)
+        with torch.no_grad():
+            for (_, trained), (_, begun) in zip(compressor.trained(), start.trained(), strict=True):
+                trained.mul_(1 - recipe.start_weight).add_(begun, alpha=recipe.start_weight)
+    compressor.finish()
+
+
 def _claim(output: Path, recipe: Recipe) -> None:
     """Write the recipe into its folder, or see that the same one is there; drop steps that were not saved."""
     file, described = output / "recipe.json", recipe.to_json()
@@ -325,13 +333,6 @@ def _moments(optimizer: Any, trained: SoftCompressor) -> dict[str, Tensor]:
         if parameter in optimizer.state
         for key in ("exp_avg", "exp_avg_sq", "step")
     }
-
-
-@torch.no_grad()
-def _mix_in(compressor: SoftCompressor, start: SoftCompressor, weight: float) -> None:
-    """Weighted means of all trained values; those of adapters' two matrices are taken one by one."""
-    for (_, trained), (_, begun) in zip(compressor.trained(), start.trained(), strict=True):
-        trained.mul_(1 - weight).add_(begun, alpha=weight)
 
 
 def _restore(optimizer: Any, trained: SoftCompressor, moments: dict[str, Tensor]) -> None:

@@ -45,7 +45,7 @@ class Recipe:
         base: model the adapters are for: "embedded", a local folder or a hub id.
         start: folder of adapters to go on from; "" starts fresh.
         start_weight: part of `start` in the adapters at the end, whose other part is what was trained
-            (weight-space ensembling, Wortsman et al. 2022): what `start` could do and the run forgets is kept.
+            (weight-space ensembling, Wortsman et al. 2022): so less is forgotten of what `start` could do.
         compressor: what to build when starting fresh.
         texts: files of texts, `{"text"}` a line, for all objectives but answers.
         questions: files of questions with documents, for answers.
@@ -128,6 +128,13 @@ class Recipe:
                 raise ConfigError(
                     f"{name} must be >= 0 and finite, got {getattr(self, name)}; 0 turns it off"
                 )
+        self._check_parts()
+        self._check_pairs()
+        self._check_objectives()
+        if not self.start:
+            self.check(self.compressor)
+
+    def _check_parts(self) -> None:
         for name, whole in (
             ("final_learning_rate", "learning_rate"),
             ("mixed", "the batches of questions"),
@@ -137,12 +144,9 @@ class Recipe:
                 raise ConfigError(f"{name} must be in [0, 1] (a part of {whole}), got {getattr(self, name)}")
         if self.start_weight and not self.start:
             raise ConfigError(
-                f"start_weight is a part of the adapters given as start, got {self.start_weight} without any; set start"
+                f"start_weight is the part of start in the adapters, got {self.start_weight} without start; "
+                "set start, or start_weight to 0"
             )
-        self._check_pairs()
-        self._check_objectives()
-        if not self.start:
-            self.check(self.compressor)
 
     def _check_pairs(self) -> None:
         if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):

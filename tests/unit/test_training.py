@@ -630,7 +630,7 @@ def test_learning_rate_by_hand(settings: dict[str, Any]) -> None:
         ({"weight_decay": math.nan}, "weight_decay must be >= 0"),
         ({"final_learning_rate": 2.0}, r"final_learning_rate must be in \[0, 1\]"),
         ({"start_weight": 1.5, "start": "x"}, r"start_weight must be in \[0, 1\] \(a part of the adapters"),
-        ({"start_weight": 0.5}, "got 0.5 without any; set start"),
+        ({"start_weight": 0.5}, "got 0.5 without start; set start"),
         ({"mixed": 1.5}, r"mixed must be in \[0, 1\] \(a part of the batches of questions\), got 1.5"),
         ({"chunk_tokens": {-1: 1.0}}, r"chunk_tokens must be whole numbers >= 0, got \[-1\]"),
         ({"chunk_tokens": {8: 0.0}}, "chunk_tokens must have"),
