@@ -213,6 +213,15 @@ def annotate(folder: str | os.PathLike[str], measured: Mapping[str, Mapping[str,
     write_atomically(path / "config.json", (json.dumps(description, indent=1) + "\n").encode())
 
 
+def stored_dtype(folder: str | os.PathLike[str]) -> torch.dtype:
+    """What an adapter's files are written in; in memory it has the dtype of its base on that machine."""
+    from safetensors import safe_open
+
+    with safe_open(Path(folder) / _CONVERTER, "pt") as tensors:
+        dtype: torch.dtype = tensors.get_tensor(next(iter(tensors.keys()))).dtype
+    return dtype
+
+
 def calibration(folder: Path) -> Calibration | None:
     """The retrieval heads and weights fitted to an adapter's soft tokens; None if there are none.
 

@@ -438,7 +438,7 @@ def fit_ratio_head(
         checkpoint.save(
             compressor,
             adapter,
-            dtype=base.model.dtype,
+            dtype=checkpoint.stored_dtype(adapter),
             training=described["training"],
             measured=described["measured"],
             ratio_head={**figures, "labels": said, "notice": notice},

@@ -172,7 +172,10 @@ def test_heads_are_calibrated_on_soft_tokens_and_used(
 
 def test_a_fitted_ratio_head_is_in_the_card(tiny_model: Path, adapter: Path, tmp_path: Path) -> None:
     own = tmp_path / "adapter"
-    shutil.copytree(adapter, own)
+    # In another dtype than this machine's, which must not become the files'.
+    base = Backbone.from_pretrained(tiny_model, device="cpu")
+    other = torch.float32 if base.model.dtype == torch.bfloat16 else torch.bfloat16
+    checkpoint.save(checkpoint.load(base, adapter), own, dtype=other)
     texts = tmp_path / "texts.jsonl"
     texts.write_text(
         "".join(json.dumps({"text": f"{word} {other} " * 4}) + "\n" for word in WORDS for other in WORDS[:2]),
@@ -186,7 +189,8 @@ def test_a_fitted_ratio_head_is_in_the_card(tiny_model: Path, adapter: Path, tmp
     assert described["fingerprint"] != checkpoint.describe(adapter)["fingerprint"]
     for line in ("fitted to 12 texts", "repeating 8 tokens", "0.25 nats", "R2 ", "data: Words, CC0."):
         assert line in card
-    checkpoint.load(Backbone.from_pretrained(tiny_model, device="cpu"), own)
+    checkpoint.load(base, own)
+    assert checkpoint.stored_dtype(own) == other
     # A teacher's word goes before the adapter's own losses.
     told = [{"text": f"{word} {count}", "log2_ratio": count} for count in (1, 2, 3) for word in WORDS]
     texts.write_text("".join(json.dumps(record) + "\n" for record in told), encoding="utf-8")
