@@ -31,7 +31,11 @@ def render(description: Mapping[str, Any]) -> str:
     if description.get("ratio_head"):
         parts += ["## Ratio head\n", _ratio_head(description["ratio_head"])]
     if description["measured"]:
-        parts += ["## Measured\n", _measured(description["measured"])]
+        parts += [
+            "## Measured\n",
+            *map(_table, description.get("results", [])),
+            _measured(description["measured"]),
+        ]
     return "\n".join(parts)
 
 
@@ -63,6 +67,25 @@ def _ratio_head(fitted: Mapping[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def _table(table: Mapping[str, Any]) -> str:
+    lines = [
+        f"`{table['task']}` from question {table['offset'] + 1} on, answers of at most "
+        f"{table['max_new_tokens']} tokens, chunks of at most {table['chunk_tokens']}, "
+        f"{table['dtype'].removeprefix('torch.')}:\n",
+        "| row | ratio | n | accuracy | F1 | normalised | tokens |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in table["rows"]:
+        low, high = row["accuracy_ci"]
+        ratio = "" if row["ratio"] is None else f"{row['ratio']:g}"
+        normalised = "" if row["normalised"] is None else f"{row['normalised']:.2f}"
+        lines.append(
+            f"| {row['row']} | {ratio} | {row['n']} | {100 * row['accuracy']:.1f} % [{100 * low:.1f}, "
+            f"{100 * high:.1f}] | {100 * row['f1']:.1f} | {normalised} | {row['tokens']:,.0f} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
 def _measured(measured: Mapping[str, Mapping[str, float]]) -> str:
     lines = ["| ratio | text | soft |", "|---|---|---|"]
     lines += [
@@ -70,6 +93,6 @@ def _measured(measured: Mapping[str, Mapping[str, float]]) -> str:
         for ratio, modes in measured.items()
     ]
     return (
-        'Right answers at each ratio, best row of each mode; `mode="auto"` takes the better mode at the '
-        "nearest ratio.\n\n" + "\n".join(lines) + "\n"
+        "Right answers at each ratio, mean over runs of the best row of each mode, among allocators measured "
+        'in both; `mode="auto"` takes the better mode at the nearest ratio.\n\n' + "\n".join(lines) + "\n"
     )

@@ -205,10 +205,20 @@ def load(base: Backbone, folder: str | os.PathLike[str], *, trainable: bool = Fa
     return compressor
 
 
-def annotate(folder: str | os.PathLike[str], measured: Mapping[str, Mapping[str, float]]) -> None:
-    """Record what a saved adapter measures: in `config.json`, and in its card."""
+def annotate(
+    folder: str | os.PathLike[str],
+    measured: Mapping[str, Mapping[str, float]],
+    results: Sequence[Mapping[str, Any]] = (),
+) -> None:
+    """Record what a saved adapter measures: in `config.json`, and in its card.
+
+    Args:
+        folder: of the adapter.
+        measured: see `save`.
+        results: tables for the card, as `evaluate.measured.measured_rows` makes them.
+    """
     path = Path(folder)
-    description = {**describe(path), "measured": dict(measured)}
+    description = {**describe(path), "measured": dict(measured), "results": list(results)}
     write_atomically(path / "README.md", card.render(description).encode())
     write_atomically(path / "config.json", (json.dumps(description, indent=1) + "\n").encode())
 

@@ -330,16 +330,18 @@ def train(
 @app.command()
 def card(
     adapter: Annotated[Path, typer.Argument(help="Folder of an adapter.")],
-    runs: Annotated[list[Path], typer.Argument(help="Folders of evaluation runs with text and soft rows.")],
+    runs: Annotated[
+        list[Path], typer.Argument(help="Folders of its evaluation runs, with text and soft rows.")
+    ],
 ) -> None:
     """Write what evaluation runs measured into an adapter's card, where `--mode auto` looks."""
-    from ctxcompress.checkpoint import annotate
-    from ctxcompress.evaluate.measured import measured_modes
+    from ctxcompress.checkpoint import annotate, describe
+    from ctxcompress.evaluate.measured import measured_modes, measured_rows
 
     with _reported():
         results = [json.loads(read_text(run / "results.json")) for run in runs]
         measured = measured_modes(results)
-        annotate(adapter, measured)
+        annotate(adapter, measured, measured_rows(results, describe(adapter)["fingerprint"]))
         output.print(f"{len(measured)} ratios -> {adapter / 'README.md'}", markup=False, highlight=False)
 
 
